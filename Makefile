@@ -1,0 +1,53 @@
+# make demo   set everything up and run the demonstration
+# make test   set everything up, check style and types, run the tests
+# make bench  measure; see tools/bench
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CORE := $(wildcard shmcbw/_core/*.c shmcbw/_core/*.h)
+DEBIAN_PACKAGES := e2fsprogs qemu-utils strace
+
+.PHONY: demo test lint bench model clean
+
+demo: $(VENV)/.installed
+	$(BIN)/shmcbw demo
+
+test: $(VENV)/.installed-test lint
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-test types-tree
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	MYPYPATH=build/types:typings $(BIN)/mypy -p shmcbw
+	MYPYPATH=build/types:typings $(BIN)/mypy tests tools
+
+bench: $(VENV)/.installed-test
+	$(BIN)/python -m tools.bench $(BENCH_ARGS)
+
+model: $(VENV)/.installed
+	$(BIN)/python -m tools.model
+
+# workers/ is installed as shmcbw.workers; mypy looks at directories, so it is shown the tree as it is installed.
+.PHONY: types-tree
+types-tree:
+	@rm -rf build/types && mkdir -p build/types/shmcbw
+	@ln -s $(CURDIR)/shmcbw/* build/types/shmcbw/ && ln -s $(CURDIR)/workers build/types/shmcbw/workers
+
+$(VENV)/bin/pip:
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || tools/debian_packages.sh python3-venv
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(VENV)/bin/pip pyproject.toml $(CORE)
+	@command -v gcc >/dev/null && test -e "$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" \
+		|| tools/debian_packages.sh gcc libc6-dev python3-dev
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[ui]'
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[ui,test]'
+	@tools/debian_packages.sh $(DEBIAN_PACKAGES)
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info shmcbw/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis

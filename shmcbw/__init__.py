@@ -1,0 +1,56 @@
+"""shmcbw: a point-in-time backup of a disk image while many processes keep writing to it.
+
+A writer process opens the image through the filter::
+
+    import shmcbw
+    with shmcbw.open("disk.img") as disk:
+        disk.pwrite(b"...", 4096)
+
+and a coordinator (`shmcbw.workers.Coordinator`, or the ``shmcbw`` command) takes backups meanwhile.  This package is
+the library: state in shared memory and the rules on it.  It starts no process and handles no signal but SIGBUS
+(``_core/guard.c``); what runs is in `shmcbw.workers`.
+"""
+
+from .errors import (
+    ClosedError,
+    CopyFailedError,
+    CopyTimeoutError,
+    CutAbandonedError,
+    ForeignSegmentError,
+    JobCancelledError,
+    JobFailedError,
+    LayoutVersionError,
+    NoCoordinatorError,
+    NoFreeSlotError,
+    OutOfRangeError,
+    ReadOnlyImageError,
+    ShmcbwError,
+    SnapshotBrokenError,
+    SnapshotInaccessibleError,
+    TargetRefusedError,
+)
+from .filter import Disk, open
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ClosedError",
+    "CopyFailedError",
+    "CopyTimeoutError",
+    "CutAbandonedError",
+    "Disk",
+    "ForeignSegmentError",
+    "JobCancelledError",
+    "JobFailedError",
+    "LayoutVersionError",
+    "NoCoordinatorError",
+    "NoFreeSlotError",
+    "OutOfRangeError",
+    "ReadOnlyImageError",
+    "ShmcbwError",
+    "SnapshotBrokenError",
+    "SnapshotInaccessibleError",
+    "TargetRefusedError",
+    "__version__",
+    "open",
+]

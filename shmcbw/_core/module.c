@@ -1,0 +1,67 @@
+#include "core.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <sys/vfs.h>
+
+/* file_system(fd) -> the statfs magic number; os.statvfs does not hand it out. */
+static PyObject *core_file_system(PyObject *module, PyObject *argument)
+{
+    struct statfs status;
+    (void)module;
+    int fd = (int)PyLong_AsLong(argument);
+    if (fd == -1 && PyErr_Occurred())
+        return NULL;
+    int result;
+    do {
+        result = fstatfs(fd, &status);
+    } while (result != 0 && errno == EINTR);
+    if (result != 0)
+        return PyErr_SetFromErrno(PyExc_OSError);
+    return PyLong_FromUnsignedLong((unsigned long)status.f_type & 0xffffffff);
+}
+
+/* punch_hole(fd, offset, length): what is there reads as zeroes and takes no space; the size stays. */
+static PyObject *core_punch_hole(PyObject *module, PyObject *args)
+{
+    int fd, result;
+    long long offset, length;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "iLL:punch_hole", &fd, &offset, &length))
+        return NULL;
+    do {
+        Py_BEGIN_ALLOW_THREADS
+        result = fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length);
+        Py_END_ALLOW_THREADS
+    } while (result != 0 && errno == EINTR && PyErr_CheckSignals() == 0);
+    if (result == 0)
+        Py_RETURN_NONE;
+    return PyErr_Occurred() ? NULL : PyErr_SetFromErrno(PyExc_OSError);
+}
+
+static PyMethodDef module_methods[] = {
+    {"punch_hole", core_punch_hole, METH_VARARGS, NULL},
+    {"file_system", core_file_system, METH_O, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyModuleDef module_definition = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "shmcbw._core",
+    .m_doc = "Words, bytes and ranges of shared mappings: what needs atomics, or one call on the write path.",
+    .m_size = -1,
+    .m_methods = module_methods,
+};
+
+PyMODINIT_FUNC PyInit__core(void)
+{
+    PyObject *module = PyModule_Create(&module_definition);
+    if (module == NULL)
+        return NULL;
+    if (add_guard(module) != 0 || add_words(module) != 0 || add_clusters(module) != 0 || add_semaphore(module) != 0 ||
+        add_filter(module) != 0 || add_copier(module) != 0) {
+        Py_DECREF(module);
+        return NULL;
+    }
+    return module;
+}

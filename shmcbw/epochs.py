@@ -1,0 +1,36 @@
+"""The epoch word: open and drained sections, and the way out of a drained section that nobody ends.
+
+Even: writes go on.  Odd: no write stores data (I5); the cut is published in between.  The coordinator alone makes the
+epoch odd; whoever gets there first makes it even again, always by compare-and-swap from the odd value it saw.
+"""
+
+from __future__ import annotations
+
+from . import _core
+from .layout import SNAPSHOT_COUNT, Header, Snapshot
+from .segment import Segment
+from .states import ABANDONED, PREPARED, state_word
+
+EPOCH_MAX = 2**32 - 4
+
+
+def epoch(segment: Segment) -> int:
+    return segment.header(Header.epoch)
+
+
+def advance(segment: Segment, expected: int) -> bool:
+    """Move the epoch one on, if it still is what the caller saw."""
+    return _core.compare_exchange_u32(segment.memory, Header.epoch.offset, expected, expected + 1)
+
+
+def abandon(segment: Segment, odd: int) -> None:
+    """Get out of the drained section with this odd epoch, whoever calls.
+
+    First every entry PREPARED for this epoch becomes ABANDONED, by compare-and-swap against the coordinator's publish;
+    only then the epoch advances.  Either the cut was published already, then it is complete, or it never will be.
+    Without either compare-and-swap a snapshot can be published after writers went on (the model shows it).
+    The state word carries the odd epoch, so a caller that slept for long can't hit the next cut.
+    """
+    for index in range(SNAPSHOT_COUNT):
+        segment.exchange_snapshot(index, Snapshot.state, state_word(PREPARED, odd), state_word(ABANDONED, odd))
+    advance(segment, odd)

@@ -1,0 +1,158 @@
+"""The errors of shmcbw, split by what the caller has to do.
+
+Each class carries the exit status of the command line tool.  What the operating system refused stays an ``OSError``
+with its errno; what the caller asked wrongly is a ``ValueError``.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+__all__ = [
+    "ClosedError",
+    "CoordinatorRunningError",
+    "CopyFailedError",
+    "CopyTimeoutError",
+    "CutAbandonedError",
+    "EpochsExhaustedError",
+    "ForeignSegmentError",
+    "ImageError",
+    "JobCancelledError",
+    "JobFailedError",
+    "LayoutVersionError",
+    "NoCoordinatorError",
+    "NoFreeSlotError",
+    "NoFreeSnapshotError",
+    "OutOfRangeError",
+    "PoolError",
+    "ReadOnlyImageError",
+    "ShmcbwError",
+    "SnapshotBrokenError",
+    "SnapshotInaccessibleError",
+    "TargetRefusedError",
+]
+
+
+class ShmcbwError(Exception):
+    """Base of all errors raised by shmcbw on its own account."""
+
+    exit_status = 1
+
+
+class OutOfRangeError(ShmcbwError, ValueError):
+    """An offset or a length lies outside the image; nothing was changed."""
+
+
+class ClosedError(ShmcbwError, ValueError):
+    """The handle is closed."""
+
+
+class NoCoordinatorError(ShmcbwError, ConnectionError):
+    """No running coordinator serves the image: start one (``shmcbw backup`` or a ``Coordinator``) and try again."""
+
+    exit_status = 3
+
+
+class CoordinatorRunningError(ShmcbwError, BlockingIOError):
+    """Another coordinator serves the image."""
+
+    exit_status = 3
+
+
+class ForeignSegmentError(ShmcbwError, PermissionError):
+    """The shared memory under the image's name belongs to somebody who may not own it, or is not ours."""
+
+    exit_status = 3
+
+
+class LayoutVersionError(ShmcbwError):
+    """The shared memory was made by another version of shmcbw: end its processes, or use that version."""
+
+    exit_status = 3
+
+
+class ImageError(ShmcbwError, OSError):
+    """The image can't be served: wrong kind of file, empty, or changed in size."""
+
+
+class ReadOnlyImageError(ShmcbwError, PermissionError):
+    """The image or the handle can't be written."""
+
+
+class NoFreeSlotError(ShmcbwError):
+    """All slots of the image are taken: the coordinator needs a larger ``slots=``."""
+
+
+class NoFreeSnapshotError(ShmcbwError):
+    """All snapshots of the image are taken: close one."""
+
+
+class EpochsExhaustedError(ShmcbwError):
+    """The image has had 2^31 cuts: close all writers and the coordinator, and start again."""
+
+
+class PoolError(ShmcbwError):
+    """The copy workers could not be started."""
+
+
+class TargetRefusedError(ShmcbwError, OSError):
+    """The target can't take the backup; nothing was changed."""
+
+    exit_status = 4
+
+
+class SnapshotBrokenError(ShmcbwError, OSError):
+    """The snapshot can't be right any more: errno, cluster and time of the first failure.
+
+    ``cluster`` is a cluster index, ``time_ns`` the wall clock in nanoseconds (0 where its writer died meanwhile).
+    """
+
+    exit_status = 5
+
+    def __init__(self, number: int, cluster: int, time_ns: int) -> None:
+        super().__init__(
+            number, f"the snapshot is broken: {os.strerror(number)} at cluster {cluster}, nothing read from it counts"
+        )
+        self.cluster = cluster
+        self.time_ns = time_ns
+
+    def __reduce__(self) -> tuple[type[SnapshotBrokenError], tuple[int, int, int]]:
+        return (type(self), (self.errno or errno.EIO, self.cluster, self.time_ns))
+
+
+class SnapshotInaccessibleError(ShmcbwError, PermissionError):
+    """The range is not part of the snapshot, or was discarded from it."""
+
+
+class CopyFailedError(ShmcbwError, OSError):
+    """Policy break-guest-write: the old content could not be copied, the write has not happened."""
+
+
+class CopyTimeoutError(ShmcbwError, TimeoutError):
+    """Policy break-guest-write: the copy took longer than cbw_timeout, the write has not happened."""
+
+
+class CutAbandonedError(ShmcbwError):
+    """The drained section reached its limit; no cut was taken and nothing has changed.
+
+    ``pids`` are the processes that were in the middle of a write.
+    """
+
+    exit_status = 7
+
+    def __init__(self, message: str, pids: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.pids = pids
+
+
+class JobFailedError(ShmcbwError, OSError):
+    """A background copy failed and the job with it; the target was removed."""
+
+    exit_status = 5
+
+
+class JobCancelledError(ShmcbwError):
+    """The job was cancelled; the target was removed."""
+
+    exit_status = 6

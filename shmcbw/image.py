@@ -1,0 +1,102 @@
+"""A raw disk image: its identity, its size, its mapping, and what can be known of its holes.
+
+An image is a regular file, a block device or a memfd (by its path under /proc).  It is mapped ``MAP_SHARED`` as a
+whole; the address space is spent, not memory.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import stat
+from dataclasses import dataclass
+
+from .errors import ImageError, ReadOnlyImageError
+
+#: File systems whose SEEK_DATA also reports pages that are dirty in a mapping (statfs magic numbers): ext2/3/4,
+#: XFS, btrfs, tmpfs.  ZFS and FUSE have been seen to report a hole where a mapping held data; there, nothing is a hole.
+HONEST_HOLES = {0xEF53, 0x58465342, 0x9123683E, 0x01021994}
+#: NFS, SMB, CIFS, FUSE, Ceph, 9p, AFS: mappings of other machines are not coherent with ours.
+NETWORK = {0x6969, 0x517B, 0xFF534D42, 0xFE534D42, 0x65735546, 0x00C36400, 0x01021997, 0x5346414F}
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What names an image on this machine: (st_dev, st_ino), or (st_rdev, 0) for a block device."""
+
+    device: int
+    inode: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> Identity:
+        """The identity of a file; ImageError if it is no regular file or block device."""
+        if stat.S_ISREG(status.st_mode):
+            return cls(status.st_dev, status.st_ino)
+        if stat.S_ISBLK(status.st_mode):
+            return cls(status.st_rdev, 0)
+        raise ImageError(errno.EINVAL, "an image must be a regular file or a block device")
+
+
+@dataclass(slots=True)
+class ImageFile:
+    """An open image.  ``close()`` gives the descriptor back; mappings live on."""
+
+    path: str
+    fd: int
+    identity: Identity
+    size_bytes: int
+    writable: bool
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, writable: bool) -> ImageFile:
+        """Open an image; OSError if that fails, ReadOnlyImageError if it can't be written, ImageError if it is none."""
+        name = os.fspath(path)
+        flags = os.O_RDWR if writable else os.O_RDONLY
+        try:
+            fd = os.open(name, flags | os.O_CLOEXEC)
+        except OSError as error:
+            if writable and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ETXTBSY):
+                raise ReadOnlyImageError(error.errno, f"{name}: the image can't be opened for writing") from None
+            raise
+        try:
+            status = os.fstat(fd)
+            try:
+                identity = Identity.of(status)
+            except ImageError as error:
+                raise ImageError(error.errno, f"{name}: {error.strerror}") from None
+            size_bytes = file_size(fd)
+            if size_bytes == 0:
+                raise ImageError(errno.EINVAL, f"{name}: the image is empty (0 bytes)")
+            return cls(name, fd, identity, size_bytes, writable)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def map(self) -> mmap.mmap:
+        """Map the whole image MAP_SHARED, writable if the image is."""
+        access = mmap.PROT_READ | (mmap.PROT_WRITE if self.writable else 0)
+        return mmap.mmap(self.fd, self.size_bytes, mmap.MAP_SHARED, access)
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def file_size(fd: int) -> int:
+    """Bytes of a regular file or a block device."""
+    status = os.fstat(fd)
+    return status.st_size if stat.S_ISREG(status.st_mode) else os.lseek(fd, 0, os.SEEK_END)
+
+
+def next_data(fd: int, offset: int, size_bytes: int) -> int:
+    """The first byte from ``offset`` on that is not in a hole, or ``size_bytes``."""
+    try:
+        return min(os.lseek(fd, offset, os.SEEK_DATA), size_bytes)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return size_bytes
+        if error.errno == errno.EINVAL:
+            return offset
+        raise

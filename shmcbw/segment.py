@@ -1,0 +1,434 @@
+"""Shared memory, named semaphores and ownership: create, attach, own, unlink.
+
+Names are made from the image's identity, so whoever may open an image finds its control segment by ``stat``:
+
+    /shmcbw-<device>-<inode>            control segment (layout.py)
+    /shmcbw-<device>-<inode>.<serial>   cluster bytes of one snapshot (bitmap.py)
+    /shmcbw-<device>-<inode>.pool       semaphore: there is work
+    /shmcbw-<device>-<inode>.s<slot>    semaphore: slot, look again
+    /shmcbw-<device>-<inode>.c          semaphore: coordinator, look again
+
+Ownership is an open-file-description lock on one byte of the control segment: byte 0 the coordinator, byte w worker w,
+byte 256 + s slot s.  The kernel drops it when the last descriptor of that open file is closed, also at SIGKILL, so
+"is it alive?" has an answer and no heartbeat.  A lock is never inherited into a working handle: a forked child closes
+its copy of the descriptor (filter.py).
+
+posix_ipc creates and unlinks; it never resizes (attach with size 0) and never locks.  multiprocessing.shared_memory
+was rejected: its resource tracker unlinks segments that others use.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import glob
+import grp
+import mmap
+import os
+import stat
+import struct
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import posix_ipc
+
+from . import _core
+from .errors import ForeignSegmentError, LayoutVersionError, NoCoordinatorError, ShmcbwError
+from .image import Identity
+from .layout import MAGIC, VERSION, Geometry, Header, Word
+
+SHM = Path("/dev/shm")
+COORDINATOR = 0
+_SEMAPHORE_FILE_BYTES = 32
+
+
+def worker_byte(worker_id: int) -> int:
+    """The lock byte of a worker."""
+    return worker_id
+
+
+def slot_byte(slot: int) -> int:
+    """The lock byte of a slot."""
+    return 256 + slot
+
+
+def segment_name(identity: Identity) -> str:
+    """The control segment's name, with the leading slash."""
+    return f"/shmcbw-{identity.device:x}-{identity.inode:x}"
+
+
+def boot_id() -> bytes:
+    """16 bytes that change with every boot."""
+    return uuid.UUID(Path("/proc/sys/kernel/random/boot_id").read_text().strip()).bytes
+
+
+def start_ticks(pid: int) -> int:
+    """Field 22 of /proc/PID/stat: with the pid it names a process for good.  0 if there is none."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Who may attach: file mode and group of all named objects of an image."""
+
+    mode: int = 0o600
+    group: int = -1
+
+    @classmethod
+    def for_group(cls, group: str | int | None) -> Access:
+        """0600, or 0660 with an explicit group (name or gid)."""
+        if group is None:
+            return cls()
+        return cls(0o660, grp.getgrnam(group).gr_gid if isinstance(group, str) else group)
+
+    def apply(self, file: int | Path) -> None:
+        """Set mode and group of a new object, past the umask."""
+        if self.group != -1:
+            os.chown(file, -1, self.group)
+        os.chmod(file, self.mode)
+
+
+def create_shared_memory(name: str, size_bytes: int, access: Access) -> int:
+    """A new segment of zeroes with its space allocated, so that no later store meets a full /dev/shm: its descriptor.
+
+    FileExistsError if the name is taken, OSError(ENOSPC) with nothing left behind if there is no room.
+    """
+    try:
+        memory = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600)
+    except posix_ipc.ExistentialError:
+        raise FileExistsError(errno.EEXIST, "shared memory exists", name) from None
+    try:
+        os.ftruncate(memory.fd, size_bytes)
+        os.posix_fallocate(memory.fd, 0, size_bytes)
+        access.apply(memory.fd)
+    except OSError as error:
+        posix_ipc.unlink_shared_memory(name)
+        os.close(memory.fd)
+        raise OSError(error.errno, f"can't allocate {size_bytes} bytes of shared memory in {SHM}", name) from error
+    return memory.fd
+
+
+def open_shared_memory(name: str) -> int:
+    """The descriptor of an existing segment; FileNotFoundError or PermissionError."""
+    try:
+        return posix_ipc.SharedMemory(name).fd
+    except posix_ipc.ExistentialError:
+        raise FileNotFoundError(errno.ENOENT, "no such shared memory", name) from None
+    except posix_ipc.PermissionsError:
+        raise PermissionError(errno.EACCES, "shared memory of another user", name) from None
+
+
+def unlink_shared_memory(name: str) -> None:
+    """Remove a name; it may be gone."""
+    try:
+        posix_ipc.unlink_shared_memory(name)
+    except posix_ipc.ExistentialError:
+        pass
+
+
+def check_owner(status: os.stat_result, image_uid: int, name: str) -> None:
+    """ForeignSegmentError unless we, the image's owner or root made it, and nobody else may write it."""
+    if not stat.S_ISREG(status.st_mode) or status.st_uid not in (os.geteuid(), image_uid, 0):
+        raise ForeignSegmentError(
+            errno.EPERM, f"{SHM}{name} belongs to uid {status.st_uid}, not to us, to the image's owner or to root"
+        )
+    if status.st_mode & 0o002:
+        raise ForeignSegmentError(errno.EPERM, f"{SHM}{name} may be written by everybody (mode {status.st_mode:o})")
+
+
+def _flock(kind: int, byte: int) -> bytes:
+    return struct.pack("hhqqi4x", kind, os.SEEK_SET, byte, 1, 0)
+
+
+class Segment:
+    """An attached control segment: words, locks and semaphores of one image.
+
+    Every number read from it is a hint of an untrusted party; `Geometry` is checked once at attach and trusted after.
+    """
+
+    def __init__(self, name: str, fd: int, memory: mmap.mmap, geometry: Geometry, identity: Identity) -> None:
+        self.name = name
+        self.fd = fd
+        self.memory = memory
+        self.geometry = geometry
+        self.identity = identity
+        self._semaphores: dict[str, _core.Semaphore] = {}
+
+    # -- words -----------------------------------------------------------------------------------------------------
+
+    def load(self, offset: int, word: Word) -> int:
+        """The value of a 4- or 8-byte word at an offset given by `Geometry`."""
+        return _core.load_u32(self.memory, offset) if word.size == 4 else _core.load_u64(self.memory, offset)
+
+    def store(self, offset: int, word: Word, value: int) -> None:
+        if word.size == 4:
+            _core.store_u32(self.memory, offset, value)
+        else:
+            _core.store_u64(self.memory, offset, value)
+
+    def header(self, word: Word) -> int:
+        return self.load(word.offset, word)
+
+    def set_header(self, word: Word, value: int) -> None:
+        self.store(word.offset, word, value)
+
+    def count_header(self, word: Word, amount: int = 1) -> None:
+        _core.add_u64(self.memory, word.offset, amount)
+
+    def slot(self, index: int, word: Word) -> int:
+        return self.load(self.geometry.slot(index, word), word)
+
+    def set_slot(self, index: int, word: Word, value: int) -> None:
+        self.store(self.geometry.slot(index, word), word, value)
+
+    def worker(self, worker_id: int, word: Word) -> int:
+        return self.load(self.geometry.worker(worker_id, word), word)
+
+    def set_worker(self, worker_id: int, word: Word, value: int) -> None:
+        self.store(self.geometry.worker(worker_id, word), word, value)
+
+    def snapshot(self, index: int, word: Word) -> int:
+        return self.load(self.geometry.snapshot(index, word), word)
+
+    def set_snapshot(self, index: int, word: Word, value: int) -> None:
+        self.store(self.geometry.snapshot(index, word), word, value)
+
+    def exchange_snapshot(self, index: int, word: Word, expected: int, desired: int) -> bool:
+        """Compare-and-swap of an 8-byte word of a snapshot entry."""
+        return _core.compare_exchange_u64(self.memory, self.geometry.snapshot(index, word), expected, desired)
+
+    # -- ownership -------------------------------------------------------------------------------------------------
+
+    def try_lock(self, byte: int) -> bool:
+        """Take an ownership byte; False if another handle holds it."""
+        try:
+            fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_WRLCK, byte))
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                return False
+            raise
+        return True
+
+    def unlock(self, byte: int) -> None:
+        fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_UNLCK, byte))
+
+    def locked(self, byte: int) -> bool:
+        """Whether another handle holds an ownership byte (our own locks do not count)."""
+        answer = fcntl.fcntl(self.fd, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, byte))
+        return int(struct.unpack("hhqqi4x", answer)[0]) != fcntl.F_UNLCK
+
+    def linked(self) -> bool:
+        """Whether the name still leads to this segment."""
+        try:
+            found = os.stat(f"{SHM}{self.name}")
+        except FileNotFoundError:
+            return False
+        mine = os.fstat(self.fd)
+        return (found.st_dev, found.st_ino) == (mine.st_dev, mine.st_ino)
+
+    # -- waking ----------------------------------------------------------------------------------------------------
+
+    def semaphore(self, suffix: str) -> _core.Semaphore:
+        """An opened semaphore of this image: "pool", "c" or "s<slot>"."""
+        found = self._semaphores.get(suffix)
+        if found is None:
+            name = f"{self.name}.{suffix}"
+            # sem_open() maps the file without looking: one that is too short would be a SIGBUS.
+            status = os.stat(f"{SHM}/sem.{name[1:]}")
+            if status.st_size < _SEMAPHORE_FILE_BYTES:
+                raise ForeignSegmentError(errno.EINVAL, f"{name}: not a semaphore ({status.st_size} bytes)")
+            found = self._semaphores[suffix] = _core.Semaphore(name)
+        return found
+
+    def wake_slot(self, index: int) -> None:
+        """Have a slot's owner look again.  A semaphore that is gone belongs to a segment that is going: no matter."""
+        try:
+            self.semaphore(f"s{index}").post()
+        except OSError:
+            pass
+
+    def wake_coordinator(self) -> None:
+        try:
+            self.semaphore("c").post()
+        except OSError:
+            pass
+
+    # -- the end ---------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Let go of descriptor (and with it of all locks) and mapping.  A mapping in use elsewhere lives on."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+        self._semaphores.clear()
+        try:
+            self.memory.close()
+        except BufferError:
+            pass
+
+    def __repr__(self) -> str:
+        return f"<Segment {self.name} of {self.geometry.image_size} bytes>"
+
+
+def create(identity: Identity, geometry: Geometry, access: Access) -> Segment:
+    """Create a control segment and own it: the coordinator's lock is held when it becomes visible as finished.
+
+    FileExistsError if there is one; OSError(ENOSPC) if /dev/shm is full.
+    """
+    name = segment_name(identity)
+    fd = create_shared_memory(name, geometry.segment_size, access)
+    segment = Segment(name, fd, mmap.mmap(fd, geometry.segment_size), geometry, identity)
+    try:
+        if not segment.try_lock(COORDINATOR) or not segment.linked():
+            raise FileExistsError(errno.EEXIST, "another coordinator was faster", name)
+        for suffix in ["pool", "c", *(f"s{index}" for index in range(geometry.slot_count))]:
+            _create_semaphore(f"{name}.{suffix}", access)
+        segment.set_header(Header.version, VERSION)
+        for word, value in ((Header.uuid, uuid.uuid4().bytes), (Header.boot_id, boot_id())):
+            segment.memory[word.offset : word.offset + word.size] = value
+        segment.set_header(Header.image_device, identity.device)
+        segment.set_header(Header.image_inode, identity.inode)
+        segment.set_header(Header.image_size, geometry.image_size)
+        segment.set_header(Header.cluster_size, geometry.cluster_size)
+        segment.set_header(Header.slot_count, geometry.slot_count)
+        segment.set_header(Header.worker_count, geometry.worker_count)
+        # A fresh epoch map is all zero: no cluster was written in epoch 2.
+        segment.set_header(Header.epoch, 2)
+        # Not 1: the bitmaps of a discarded generation must not be taken for ours.
+        segment.set_header(Header.next_serial, 1 + int.from_bytes(os.urandom(3), "little"))
+        segment.set_header(Header.started_ns, time.time_ns())
+        segment.set_header(Header.magic, MAGIC)
+    except BaseException:
+        if segment.linked():
+            unlink_all(identity)
+        segment.close()
+        raise
+    return segment
+
+
+def _create_semaphore(name: str, access: Access) -> None:
+    for attempt in (1, 2):
+        try:
+            posix_ipc.Semaphore(name, posix_ipc.O_CREX, mode=0o600, initial_value=0).close()
+            break
+        except posix_ipc.ExistentialError:
+            # Left by a coordinator that died between two steps of this function: the control segment decides.
+            if attempt == 2:
+                raise
+            posix_ipc.unlink_semaphore(name)
+    access.apply(SHM / f"sem.{name[1:]}")
+
+
+def attach(identity: Identity, size_bytes: int, image_uid: int) -> Segment:
+    """Attach to the control segment of an image.
+
+    Checks owner, size, magic, layout version, boot and image identity before anything else is touched.  Raises
+    NoCoordinatorError (there is none, or it is not finished), ForeignSegmentError, LayoutVersionError.
+    """
+    name = segment_name(identity)
+    try:
+        fd = open_shared_memory(name)
+    except FileNotFoundError:
+        raise NoCoordinatorError(errno.ENOENT, "no coordinator serves this image") from None
+    except PermissionError as error:
+        raise ForeignSegmentError(errno.EACCES, f"{SHM}{name}: {error.strerror}") from None
+    memory: mmap.mmap | None = None
+    try:
+        status = os.fstat(fd)
+        check_owner(status, image_uid, name)
+        if status.st_size < Header.SIZE:
+            raise NoCoordinatorError(errno.EAGAIN, f"{SHM}{name} is not finished: its coordinator is starting, or died")
+        memory = mmap.mmap(fd, status.st_size)
+        geometry = _check_header(memory, name, identity, size_bytes, status.st_size)
+        segment = Segment(name, fd, memory, geometry, identity)
+    except BaseException:
+        if memory is not None:
+            memory.close()
+        os.close(fd)
+        raise
+    return segment
+
+
+def _check_header(memory: mmap.mmap, name: str, identity: Identity, size_bytes: int, segment_bytes: int) -> Geometry:
+    def number(word: Word) -> int:
+        load = _core.load_u32 if word.size == 4 else _core.load_u64
+        return load(memory, word.offset)
+
+    magic = number(Header.magic)
+    if magic == 0:
+        raise NoCoordinatorError(errno.EAGAIN, f"{SHM}{name} is not finished: its coordinator is starting, or died")
+    if magic != MAGIC:
+        raise ForeignSegmentError(errno.EINVAL, f"{SHM}{name} is not a control segment of shmcbw")
+    if (version := number(Header.version)) != VERSION:
+        raise LayoutVersionError(f"{SHM}{name} has layout version {version}, this shmcbw speaks {VERSION}")
+    if memory[Header.boot_id.offset : Header.boot_id.offset + 16] != boot_id():
+        raise StaleSegmentError(f"{SHM}{name} was made before the last boot")
+    if (number(Header.image_device), number(Header.image_inode)) != (identity.device, identity.inode):
+        raise StaleSegmentError(f"{SHM}{name} was made for another image")
+    if (size := number(Header.image_size)) != size_bytes:
+        raise StaleSegmentError(f"{SHM}{name} was made for an image of {size} bytes, the image has {size_bytes}")
+    try:
+        geometry = Geometry(size, number(Header.cluster_size), number(Header.slot_count), number(Header.worker_count))
+    except ValueError as error:
+        raise ForeignSegmentError(errno.EINVAL, f"{SHM}{name}: {error}") from None
+    if geometry.segment_size != segment_bytes:
+        raise ForeignSegmentError(
+            errno.EINVAL, f"{SHM}{name} has {segment_bytes} bytes, its header says {geometry.segment_size}"
+        )
+    return geometry
+
+
+class StaleSegmentError(ShmcbwError):
+    """The control segment is whole but of another boot, image or image size: the next coordinator discards it."""
+
+    exit_status = 3
+
+
+def unlink_all(identity: Identity) -> None:
+    """Remove every name of an image: semaphores and bitmaps first, the control segment last.
+
+    The caller holds the coordinator's lock of the segment under that name.
+    """
+    name = segment_name(identity)
+    for path in glob.glob(f"{SHM}/sem.{name[1:]}.*"):
+        try:
+            posix_ipc.unlink_semaphore("/" + os.path.basename(path)[4:])
+        except posix_ipc.ExistentialError:
+            pass
+    for path in glob.glob(f"{SHM}{name}.*"):
+        unlink_shared_memory("/" + os.path.basename(path))
+    unlink_shared_memory(name)
+
+
+def discard_unused(identity: Identity, image_uid: int) -> None:
+    """Discard a segment that can't be attached (unfinished, of another boot, size or version), if nobody holds it.
+
+    ShmcbwError if any of its locks is held: lock bytes mean the same in all versions.
+    """
+    name = segment_name(identity)
+    try:
+        fd = open_shared_memory(name)
+    except FileNotFoundError:
+        return
+    try:
+        mine = os.fstat(fd)
+        check_owner(mine, image_uid, name)
+        everything = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        try:
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, everything)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            raise ShmcbwError(f"{SHM}{name} can't be used, but live processes hold it: end them first") from None
+        found = os.stat(f"{SHM}{name}")
+        if (found.st_dev, found.st_ino) == (mine.st_dev, mine.st_ino):
+            unlink_all(identity)
+    except FileNotFoundError:
+        pass
+    finally:
+        os.close(fd)

@@ -1,0 +1,58 @@
+"""Slots: one per writing thread, owned by an OFD lock.
+
+Only the lock's holder writes a slot's words.  A slot whose owner died is cleaned by whoever takes the lock next: the
+coordinator when it reaps, or a new writer.  Clearing the in-flight mark of a dead writer is right because the epoch map
+was marked before its store began (I6).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+
+from .errors import NoFreeSlotError
+from .layout import Slot, words
+from .segment import Segment, slot_byte, start_ticks
+
+
+def acquire_slot(segment: Segment) -> int:
+    """Take a free slot for the calling thread; NoFreeSlotError if there is none."""
+    count = segment.geometry.slot_count
+    # Two rounds: first those nobody uses; then any whose owner is dead.
+    for used in (False, True):
+        for index in range(count):
+            if (segment.slot(index, Slot.pid) != 0) is used and segment.try_lock(slot_byte(index)):
+                clear_slot(segment, index)
+                segment.set_slot(index, Slot.thread_id, threading.get_native_id())
+                segment.set_slot(index, Slot.start_ticks, start_ticks(os.getpid()))
+                segment.set_slot(index, Slot.pid, os.getpid())
+                return index
+    raise NoFreeSlotError(
+        f"all {count} slots of the image are taken by writing threads; start the coordinator with more slots"
+    )
+
+
+def clear_slot(segment: Segment, index: int) -> None:
+    """Reset the words of a slot whose lock the caller holds."""
+    # Withdraw the want first: a worker that reads the range afterwards drops it.
+    sequence = segment.slot(index, Slot.want_sequence)
+    segment.set_slot(index, Slot.want_sequence, (sequence + 1 & ~1) & 0xFFFFFFFF)
+    for name, word in words(Slot):
+        if name not in ("want_sequence", "wait_histogram"):
+            segment.set_slot(index, word, 0)
+    offset = segment.geometry.slot(index, Slot.wait_histogram)
+    segment.memory[offset : offset + Slot.wait_histogram.size] = bytes(Slot.wait_histogram.size)
+
+
+def release_slot(segment: Segment, index: int) -> None:
+    """Give a slot of our own back."""
+    clear_slot(segment, index)
+    segment.unlock(slot_byte(index))
+
+
+def reap_slot(segment: Segment, index: int) -> bool:
+    """Clear a slot if its owner is dead; False if somebody lives there."""
+    if not segment.try_lock(slot_byte(index)):
+        return False
+    release_slot(segment, index)
+    return True

@@ -1,0 +1,57 @@
+"""States of a snapshot table entry, and who moves it from one to the next.
+
+    from        to          by
+    FREE        PREPARING   the coordinator, after the bitmap and the target were made
+    PREPARING   PREPARED    the coordinator, when every worker has opened the target
+    PREPARED    ACTIVE      the coordinator, in the drained section: this is the cut (compare-and-swap)
+    PREPARED    ABANDONED   a gated writer or the coordinator, at the drained section's limit (compare-and-swap)
+    ACTIVE      BROKEN      whoever broke it, after the sticky error was stored (compare-and-swap)
+    ACTIVE      COMPLETE    the coordinator: every byte is >= COPIED, nobody can break it any more (compare-and-swap)
+    any         FREE        the coordinator: dropped, finished or given up
+
+The state word carries the odd epoch of its cut above the state: a compare-and-swap of one cut can't hit another.
+"""
+
+from __future__ import annotations
+
+FREE = 0
+PREPARING = 1
+PREPARED = 2
+ACTIVE = 3
+BROKEN = 4
+ABANDONED = 5
+COMPLETE = 6
+
+NAMES = {
+    FREE: "free",
+    PREPARING: "preparing",
+    PREPARED: "prepared",
+    ACTIVE: "active",
+    BROKEN: "broken",
+    ABANDONED: "abandoned",
+    COMPLETE: "complete",
+}
+
+BREAK_SNAPSHOT = 0
+BREAK_GUEST_WRITE = 1
+POLICIES = {"break-snapshot": BREAK_SNAPSHOT, "break-guest-write": BREAK_GUEST_WRITE}
+
+SYNC_FULL = 0
+SYNC_TOP = 1
+SYNC_NONE = 2
+SYNCS = {"full": SYNC_FULL, "top": SYNC_TOP, "none": SYNC_NONE}
+
+
+def state_word(state: int, odd_epoch: int) -> int:
+    """The state word of a cut."""
+    return odd_epoch << 32 | state
+
+
+def error_word(number: int, cluster: int) -> int:
+    """errno and cluster in one word, so that the first error is stored by one compare-and-swap."""
+    return (number & 0xFFF) << 52 | (cluster & ((1 << 52) - 1))
+
+
+def split_error(word: int) -> tuple[int, int]:
+    """(errno, cluster) of an error word."""
+    return word >> 52, word & ((1 << 52) - 1)

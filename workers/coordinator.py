@@ -1,0 +1,736 @@
+"""The coordinator: owns an image, takes cuts, runs jobs, reaps the dead.
+
+It owns the control segment (by the lock on byte 0), the snapshot table and the pool.  It is never on a write's path.
+Everything that it must find again after its death is in the segment; what it keeps beside that are handles.
+
+A supervisor thread sleeps on the coordinator's semaphore and looks, at least ten times a second, at workers, slots,
+snapshots and jobs.  A post only makes it look earlier.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import threading
+import time
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from shmcbw import _core, states
+from shmcbw.bitmap import COPIED, COPIED_FOR_WRITER, SKIPPED, ZERO, Bitmap
+from shmcbw.clusters import CLUSTER_SIZE_DEFAULT, check_cluster_size
+from shmcbw.epochs import abandon, epoch
+from shmcbw.errors import (
+    ClosedError,
+    CoordinatorRunningError,
+    LayoutVersionError,
+    NoCoordinatorError,
+    NoFreeSnapshotError,
+    ShmcbwError,
+    TargetRefusedError,
+)
+from shmcbw.filter import in_use
+from shmcbw.image import Identity, ImageFile
+from shmcbw.layout import SNAPSHOT_COUNT, WORKER_COUNT_MIN, Geometry, Header, Slot, Snapshot, Worker
+from shmcbw.segment import (
+    COORDINATOR,
+    Access,
+    Segment,
+    StaleSegmentError,
+    attach,
+    create,
+    discard_unused,
+    unlink_all,
+)
+from shmcbw.slots import reap_slot
+from shmcbw.snapshots import SnapshotReader, broken_error, state_of, wake_all
+
+from . import jobs
+from .cut import Cut, take_cut
+from .jobs import Job, Progress
+from .pool import Pool, absolute
+from .targets import TargetFile, read_path, write_path
+
+log = logging.getLogger("shmcbw")
+
+LOOK_NS = 100_000_000
+REAP_SLOTS_S = 0.25
+READY_TIMEOUT_S = 10.0
+
+
+@dataclass(slots=True)
+class Entry:
+    """An entry of the snapshot table with the handles that the coordinator holds for it."""
+
+    index: int
+    serial: int
+    target: TargetFile
+    bitmap: Bitmap
+    cut: Cut
+
+
+class CoordinatorSnapshot(SnapshotReader):
+    """A snapshot without background copying; reads it, and drops it when closed."""
+
+    def __init__(self, coordinator: Coordinator, entry: Entry, segment: Segment, image: ImageFile) -> None:
+        target_fd = os.open(entry.target.working_path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            super().__init__(segment, entry.index, entry.serial, image, target_fd)
+        except BaseException:
+            os.close(target_fd)
+            raise
+        self._coordinator = coordinator
+        self._entry = entry
+        self.cut_time_ns = entry.cut.time_ns
+        self.drained_ns = entry.cut.drained_ns
+
+    def close(self) -> None:
+        """Drop the snapshot and remove its scratch file."""
+        if self._closed:
+            return
+        super().close()
+        self._coordinator.drop_snapshot(self._entry)
+
+    def __enter__(self) -> CoordinatorSnapshot:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Coordinator:
+    """Serves one image until closed.  Embeddable: starts processes and one thread, handles no signal.
+
+    image: path of the image.  workers: copy workers (1..239).  cluster_size: bytes, a power of two from 4 KiB to
+    2 MiB (default 64 KiB).  slots: writing threads at once (default 64).  group: a group that may attach (mode 0660
+    instead of 0600).  drain_limit: seconds that a cut may hold writes, then it is given up.
+
+    CoordinatorRunningError: the image has a coordinator.  ForeignSegmentError, LayoutVersionError: its shared memory
+    belongs to somebody else.  ImageError, OSError: the image can't be served, or /dev/shm has no room.
+
+    Takes over what a dead coordinator has left: writers stay attached, jobs and snapshots go on.
+    """
+
+    def __init__(
+        self,
+        image: str | os.PathLike[str],
+        *,
+        workers: int = 2,
+        cluster_size: int | None = None,
+        slots: int | None = None,
+        group: str | int | None = None,
+        drain_limit: float = 0.1,
+    ) -> None:
+        if not 1 <= workers <= 239:
+            raise ValueError(f"workers: {workers} is not in 1..239")
+        if drain_limit <= 0:
+            raise ValueError(f"drain_limit: {drain_limit} s is not above 0")
+        if cluster_size is not None:
+            check_cluster_size(cluster_size)
+        self.path = os.fspath(image)
+        self._access = Access.for_group(group)
+        self._drain_limit = drain_limit
+        self._lock = threading.RLock()
+        self._entries: dict[int, Entry] = {}
+        self._jobs: dict[str, Job] = {}
+        self._snapshots: dict[int, CoordinatorSnapshot] = {}
+        self._finishing: dict[str, threading.Thread] = {}
+        self._next_job = 1
+        self._closing = False
+        self._closed = False
+        self._slots_looked_s = 0.0
+        self._pid = os.getpid()
+        self._image = ImageFile.open(image, writable=False)
+        try:
+            geometry = Geometry(
+                self._image.size_bytes,
+                cluster_size or CLUSTER_SIZE_DEFAULT,
+                slots or 64,
+                max(workers, WORKER_COUNT_MIN),
+            )
+            self._segment, adopted = _own_segment(self._image, geometry, self._access, cluster_size, slots)
+        except BaseException:
+            self._image.close()
+            raise
+        try:
+            self._segment.set_header(Header.coordinator_pid, self._pid)
+            self._segment.set_header(Header.started_ns, time.time_ns())
+            self._pool = Pool(
+                self._segment, absolute(self.path), min(workers, self._segment.geometry.worker_count // 2)
+            )
+            if adopted:
+                self._adopt()
+            self._pool.start()
+            self._supervisor = threading.Thread(target=self._supervise, name="shmcbw-supervisor", daemon=True)
+            self._supervisor.start()
+        except BaseException:
+            self._leave_segment()
+            self._image.close()
+            raise
+
+    # -- adoption --------------------------------------------------------------------------------------------------
+
+    def _adopt(self) -> None:
+        """Go on where a dead coordinator stopped."""
+        segment = self._segment
+        if epoch(segment) % 2:
+            abandon(segment, epoch(segment))
+            wake_all(segment)
+        for slot in range(segment.geometry.slot_count):
+            if segment.slot(slot, Slot.pid) and reap_slot(segment, slot):
+                segment.count_header(Header.slots_reaped)
+        self._pool.return_dead_claims()
+        for index in range(SNAPSHOT_COUNT):
+            state = state_of(segment, index)
+            if state == states.FREE:
+                continue
+            entry = self._adopt_entry(index)
+            if entry is None:
+                self._free_entry(index, segment.snapshot(index, Snapshot.serial))
+            elif state not in (states.ACTIVE, states.BROKEN, states.COMPLETE):
+                self._release_entry(entry)
+            else:
+                self._entries[index] = entry
+                if segment.snapshot(index, Snapshot.job):
+                    sync = segment.snapshot(index, Snapshot.sync)
+                    job = self._add_job(entry, next(name for name, value in states.SYNCS.items() if value == sync))
+                    log.info("adopted %r", job)
+                else:
+                    self._snapshots[index] = self._make_snapshot(entry)
+
+    def _adopt_entry(self, index: int) -> Entry | None:
+        segment = self._segment
+        serial = segment.snapshot(index, Snapshot.serial)
+        identity = Identity(
+            segment.snapshot(index, Snapshot.target_device), segment.snapshot(index, Snapshot.target_inode)
+        )
+        try:
+            target = TargetFile.adopt(read_path(segment, index), identity)
+            if target is None:
+                log.error("the target %s of an unfinished snapshot is gone: dropped", read_path(segment, index))
+                return None
+            bitmap = Bitmap.attach(segment, serial)
+        except (OSError, ShmcbwError) as error:
+            log.error("an unfinished snapshot can't be adopted: %s", error)
+            return None
+        cut = Cut(segment.snapshot(index, Snapshot.cut_time_ns), segment.snapshot(index, Snapshot.drained_ns))
+        return Entry(index, serial, target, bitmap, cut)
+
+    # -- snapshots and jobs ----------------------------------------------------------------------------------------
+
+    def backup(
+        self,
+        target: str | os.PathLike[str],
+        *,
+        sync: str = "full",
+        speed: int = 0,
+        on_cbw_error: str = "break-snapshot",
+        cbw_timeout: float = 30.0,
+        overwrite: bool = False,
+    ) -> Job:
+        """Start a backup; returns when the cut is taken: what was written before is in it, what comes later is not.
+
+        sync: "full"; "top" (only what is allocated in the source; holes are left out); "none" (nothing is copied but
+        what writers overwrite; ends by cancel).  speed: bytes a second of background copying, 0 for no limit.
+        on_cbw_error: "break-snapshot" or "break-guest-write".  cbw_timeout: seconds a write waits for a copy, 0 for
+        ever.  overwrite: replace an existing target of the same size, when the new one is complete.
+
+        TargetRefusedError, CutAbandonedError, NoFreeSnapshotError: nothing has changed.
+        """
+        entry = self._take_snapshot(target, sync, speed, on_cbw_error, cbw_timeout, overwrite, job=True)
+        with self._lock:
+            return self._add_job(entry, sync)
+
+    def snapshot(
+        self,
+        scratch: str | os.PathLike[str],
+        *,
+        on_cbw_error: str = "break-snapshot",
+        cbw_timeout: float = 30.0,
+        overwrite: bool = False,
+    ) -> CoordinatorSnapshot:
+        """Take a snapshot without background copying: old content goes to a scratch file, removed at the end.
+
+        Parameters and errors as for `backup`.
+        """
+        entry = self._take_snapshot(scratch, "none", 0, on_cbw_error, cbw_timeout, overwrite, job=False)
+        snapshot = self._make_snapshot(entry)
+        with self._lock:
+            self._snapshots[entry.index] = snapshot
+        return snapshot
+
+    @property
+    def jobs(self) -> list[Job]:
+        """All jobs of this coordinator, also adopted and concluded ones."""
+        with self._lock:
+            return list(self._jobs.values())
+
+    @property
+    def snapshots(self) -> list[CoordinatorSnapshot]:
+        """Open snapshots without a job, also adopted ones."""
+        with self._lock:
+            return list(self._snapshots.values())
+
+    def _add_job(self, entry: Entry, sync: str) -> Job:
+        job = Job(self, entry, f"backup{self._next_job}", sync)
+        self._next_job += 1
+        self._jobs[job.id] = job
+        job.move(jobs.RUNNING)
+        return job
+
+    def _make_snapshot(self, entry: Entry) -> CoordinatorSnapshot:
+        image = ImageFile.open(self._image.path, writable=False)
+        try:
+            if image.identity != self._image.identity:
+                raise ShmcbwError(f"{self.path} is not the image any more that this coordinator serves")
+            return CoordinatorSnapshot(self, entry, self._segment, image)
+        except BaseException:
+            image.close()
+            raise
+
+    def _take_snapshot(
+        self,
+        target: str | os.PathLike[str],
+        sync: str,
+        speed: int,
+        on_cbw_error: str,
+        cbw_timeout: float,
+        overwrite: bool,
+        *,
+        job: bool,
+    ) -> Entry:
+        if sync not in states.SYNCS:
+            raise ValueError(f"sync: {sync!r} is none of {', '.join(states.SYNCS)}")
+        if on_cbw_error not in states.POLICIES:
+            raise ValueError(f"on_cbw_error: {on_cbw_error!r} is none of {', '.join(states.POLICIES)}")
+        if speed < 0 or cbw_timeout < 0 or cbw_timeout > 1e9:
+            raise ValueError(f"speed {speed} bytes/s and cbw_timeout {cbw_timeout} s must not be negative or absurd")
+        with self._lock:
+            self._check_open()
+            index = self._free_index()
+            file = TargetFile.create(
+                target, self._image, overwrite=overwrite, scratch=not job, full=job and sync != "none"
+            )
+            try:
+                return self._publish(index, file, sync, speed, on_cbw_error, cbw_timeout, job=job)
+            except BaseException:
+                file.remove()
+                file.close()
+                raise
+
+    def _publish(
+        self, index: int, file: TargetFile, sync: str, speed: int, on_cbw_error: str, cbw_timeout: float, *, job: bool
+    ) -> Entry:
+        """Everything that can fail, then the cut."""
+        segment = self._segment
+        serial = segment.header(Header.next_serial)
+        segment.set_header(Header.next_serial, serial % 0xFFFFFFFF + 1)
+        bitmap = Bitmap.create(segment, serial, self._access)
+        try:
+            fields = {
+                Snapshot.serial: serial,
+                Snapshot.policy: states.POLICIES[on_cbw_error],
+                Snapshot.timeout_ns: int(cbw_timeout * 1e9),
+                Snapshot.sync: states.SYNCS[sync],
+                Snapshot.broken: 0,
+                Snapshot.broken_time_ns: 0,
+                Snapshot.background_error: 0,
+                Snapshot.background: int(sync != "none"),
+                Snapshot.cursor: 0,
+                Snapshot.speed: speed,
+                Snapshot.budget_ns: time.monotonic_ns(),
+                Snapshot.target_device: file.identity.device,
+                Snapshot.target_inode: file.identity.inode,
+                Snapshot.job: int(job),
+                Snapshot.cut_time_ns: 0,
+                Snapshot.drained_ns: 0,
+            }
+            for word, value in fields.items():
+                segment.set_snapshot(index, word, value)
+            write_path(segment, index, file.working_path)
+            segment.set_snapshot(index, Snapshot.state, states.state_word(states.PREPARING, 0))
+            refusal = self._pool.wait_ready(index, serial, READY_TIMEOUT_S)
+            if refusal:
+                raise TargetRefusedError(
+                    refusal, f"target {file.path}: a copy worker can't open it: {os.strerror(refusal)}"
+                )
+            cut = take_cut(segment, index, self._drain_limit)
+        except BaseException:
+            bitmap.close()
+            self._free_entry(index, serial)
+            raise
+        self._pool.wake()
+        entry = Entry(index, serial, file, bitmap, cut)
+        self._entries[index] = entry
+        return entry
+
+    def _free_index(self) -> int:
+        for index in range(SNAPSHOT_COUNT):
+            if index not in self._entries and state_of(self._segment, index) == states.FREE:
+                return index
+        raise NoFreeSnapshotError(f"all {SNAPSHOT_COUNT} snapshots of {self.path} are taken")
+
+    def _free_entry(self, index: int, serial: int) -> None:
+        """The snapshot is no more: nobody waits for it, its bitmap's name goes, workers let go of its target."""
+        self._segment.set_snapshot(index, Snapshot.state, states.state_word(states.FREE, 0))
+        wake_all(self._segment)
+        self._pool.wake()
+        Bitmap.unlink(self._segment, serial)
+
+    def _release_entry(self, entry: Entry) -> None:
+        self._entries.pop(entry.index, None)
+        self._free_entry(entry.index, entry.serial)
+        entry.bitmap.close()
+        # Does nothing when the file has its final name.
+        if entry.target.working_path != entry.target.path or not self._segment.snapshot(entry.index, Snapshot.job):
+            entry.target.remove()
+        entry.target.close()
+
+    def drop_snapshot(self, entry: Entry) -> None:
+        """Called by a snapshot that is being closed."""
+        with self._lock:
+            self._snapshots.pop(entry.index, None)
+            if self._entries.get(entry.index) is entry:
+                self._release_entry(entry)
+
+    def count_progress(self, entry: Entry) -> Progress:
+        """Bytes by state, from the cluster bytes."""
+        geometry = self._segment.geometry
+        with self._lock:
+            if self._entries.get(entry.index) is not entry:
+                raise ClosedError("the snapshot is closed")
+            counts = entry.bitmap.counts()
+            last = entry.bitmap.state(geometry.clusters - 1)
+        missing = geometry.clusters * geometry.cluster_size - geometry.image_size
+
+        def size(count: int, state: int) -> int:
+            return count * geometry.cluster_size - (missing if last == state else 0)
+
+        writers, background = size(counts.copied_for_writer, COPIED_FOR_WRITER), size(counts.copied, COPIED)
+        zero, skipped = size(counts.zero, ZERO), size(counts.skipped, SKIPPED)
+        current = writers + background + zero + skipped
+        return Progress(current, geometry.image_size, writers, background, zero, skipped)
+
+    def set_speed(self, entry: Entry, speed: int) -> None:
+        """Change a running job's rate limit; what was spent under the old one is forgotten."""
+        if speed < 0:
+            raise ValueError("Parameter 'speed' expects a non-negative value")
+        with self._lock:
+            if self._entries.get(entry.index) is not entry:
+                raise ClosedError("the job is concluded")
+            self._segment.set_snapshot(entry.index, Snapshot.budget_ns, time.monotonic_ns())
+            self._segment.set_snapshot(entry.index, Snapshot.speed, speed)
+            self._pool.wake()
+
+    def cancel_job(self, job: Job) -> None:
+        """Cancel a job unless its target is being finished already."""
+        with self._lock:
+            if job.status == jobs.RUNNING:
+                self._abort(job, jobs.cancelled(job.id))
+
+    # -- supervision -----------------------------------------------------------------------------------------------
+
+    def _supervise(self) -> None:
+        semaphore = self._segment.semaphore("c")
+        while not self._closing:
+            semaphore.wait(LOOK_NS)
+            try:
+                with self._lock:
+                    if not self._closing:
+                        self._look()
+            except (OSError, ShmcbwError):
+                log.exception("supervision of %s", self.path)
+
+    def _look(self) -> None:
+        self._pool.supervise()
+        now = time.monotonic()
+        if now - self._slots_looked_s >= REAP_SLOTS_S:
+            self._slots_looked_s = now
+            self._reap_slots()
+        for entry in list(self._entries.values()):
+            self._complete_break(entry)
+        for job in list(self._jobs.values()):
+            if job.status == jobs.RUNNING:
+                self._advance(job)
+
+    def _reap_slots(self) -> None:
+        segment, geometry = self._segment, self._segment.geometry
+        used = _core.nonzero(segment.memory, geometry.slot(0, Slot.pid), Slot.SIZE, geometry.slot_count)
+        for slot in used:
+            pid = segment.slot(slot, Slot.pid)
+            if pid and reap_slot(segment, slot):
+                log.info("writer pid %d died; its slot %d is free", pid, slot)
+                segment.count_header(Header.slots_reaped)
+
+    def _complete_break(self, entry: Entry) -> None:
+        """Whoever stored the sticky error may have died before it changed the state."""
+        word = self._segment.snapshot(entry.index, Snapshot.state)
+        if self._segment.snapshot(entry.index, Snapshot.broken) and word & 0xFFFFFFFF == states.ACTIVE:
+            broken = states.state_word(states.BROKEN, word >> 32)
+            self._segment.exchange_snapshot(entry.index, Snapshot.state, word, broken)
+            wake_all(self._segment)
+
+    def _advance(self, job: Job) -> None:
+        """One look at a running job."""
+        segment, entry = self._segment, job._entry
+        word = segment.snapshot(entry.index, Snapshot.state)
+        state = word & 0xFFFFFFFF
+        if state == states.BROKEN:
+            broken = broken_error(segment, entry.index)
+            self._abort(job, broken or jobs.failure(errno.EIO, "the snapshot is broken"))
+            return
+        error = segment.snapshot(entry.index, Snapshot.background_error)
+        if error:
+            number, cluster = states.split_error(error)
+            self._abort(
+                job,
+                jobs.failure(number, f"background copy of cluster {cluster} to {job.target}: {os.strerror(number)}"),
+            )
+            return
+        if state == states.ACTIVE and (job.sync == "none" or entry.bitmap.counts().open):
+            return
+        # From here on nobody can break it; a restarted coordinator finishes it.
+        complete = states.state_word(states.COMPLETE, word >> 32)
+        if state == states.ACTIVE and not segment.exchange_snapshot(entry.index, Snapshot.state, word, complete):
+            return
+        job.freeze_progress(self.count_progress(entry))
+        job.move(jobs.WAITING)
+        thread = threading.Thread(target=self._finish, args=(job,), name=f"shmcbw-{job.id}", daemon=True)
+        self._finishing[job.id] = thread
+        thread.start()
+
+    def _finish(self, job: Job) -> None:
+        """Sync and name the target; beside supervision, for a sync may take long."""
+        entry = job._entry
+        try:
+            entry.target.sync()
+            job.move(jobs.PENDING)
+            entry.target.finish()
+        except OSError as error:
+            message = f"finishing {job.target}: {error.strerror or error}"
+            with self._lock:
+                self._abort(job, jobs.failure(error.errno or errno.EIO, message))
+            return
+        with self._lock:
+            self._release_entry(entry)
+            job.move(jobs.CONCLUDED)
+
+    def _abort(self, job: Job, error: BaseException) -> None:
+        if isinstance(error, ShmcbwError):
+            log.warning("%r: %s", job, error)
+        job.move(jobs.ABORTING, error)
+        if job._entry.index in self._entries:
+            job.freeze_progress(self.count_progress(job._entry))
+            self._release_entry(job._entry)
+        job.move(jobs.CONCLUDED)
+
+    # -- what there is ---------------------------------------------------------------------------------------------
+
+    def status(self) -> dict[str, Any]:
+        """Plain data: image, epoch, slots, workers, snapshots, jobs, counters."""
+        with self._lock:
+            self._check_open()
+            status = segment_status(self._segment, self.path)
+            status["jobs"] = [_job_status(job) for job in self._jobs.values()]
+        return status
+
+    def _check_open(self) -> None:
+        if self._closed or self._pid != os.getpid():
+            raise ClosedError("the coordinator is closed")
+
+    # -- the end ---------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Cancel jobs, drop snapshots, end the workers, and let the segment go.
+
+        Writers that are still attached go on in it, with nothing to copy, until they leave or the next coordinator
+        adopts it.  Closing twice is harmless.
+        """
+        with self._lock:
+            if self._closed or self._pid != os.getpid():
+                return
+            self._closed = True
+            for job in list(self._jobs.values()):
+                self.cancel_job(job)
+        for thread in list(self._finishing.values()):
+            thread.join()
+        for snapshot in self.snapshots:
+            snapshot.close()
+        with self._lock:
+            self._closing = True
+        self._segment.semaphore("c").post()
+        self._supervisor.join()
+        self._leave_segment()
+        self._image.close()
+
+    def _leave_segment(self) -> None:
+        if hasattr(self, "_pool"):
+            self._pool.stop()
+        segment = self._segment
+        # A writer that attaches takes a slot's lock and then looks at `retired`: one of us sees the other.
+        segment.set_header(Header.retired, 1)
+        if in_use(segment):
+            segment.set_header(Header.retired, 0)
+        else:
+            unlink_all(segment.identity)
+        segment.set_header(Header.coordinator_pid, 0)
+        segment.close()
+
+    def __enter__(self) -> Coordinator:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Coordinator of {self.path}{', closed' if self._closed else ''}>"
+
+
+def _own_segment(
+    image: ImageFile, geometry: Geometry, access: Access, cluster_size: int | None, slots: int | None
+) -> tuple[Segment, bool]:
+    """Create the image's segment, or take over the one that a dead coordinator left: (segment, adopted)."""
+    owner = os.fstat(image.fd).st_uid
+    for _ in range(100):
+        try:
+            return create(image.identity, geometry, access), False
+        except FileExistsError:
+            pass
+        try:
+            segment = attach(image.identity, image.size_bytes, owner)
+        except NoCoordinatorError as error:
+            # Gone meanwhile, or not finished: its creator is at work or dead.
+            if error.errno == errno.EAGAIN:
+                discard_unused(image.identity, owner)
+            continue
+        except (StaleSegmentError, LayoutVersionError) as error:
+            log.warning("%s: discarded if nobody uses it", error)
+            discard_unused(image.identity, owner)
+            continue
+        if not segment.try_lock(COORDINATOR):
+            pid = segment.header(Header.coordinator_pid)
+            segment.close()
+            raise CoordinatorRunningError(
+                errno.EBUSY, f"{image.path}: a coordinator serves this image already (pid {pid or 'unknown'})"
+            )
+        if not segment.linked():
+            segment.close()
+            continue
+        found = segment.geometry
+        fits = cluster_size in (None, found.cluster_size) and slots in (None, found.slot_count)
+        if not in_use(segment):
+            unlink_all(image.identity)
+            segment.close()
+        elif fits:
+            segment.set_header(Header.retired, 0)
+            return segment, True
+        else:
+            segment.close()
+            raise ShmcbwError(
+                f"{image.path}: writers or unfinished jobs use its segment with cluster size {found.cluster_size} and "
+                f"{found.slot_count} slots: adopt it with these, or end them first"
+            )
+    raise CoordinatorRunningError(errno.EBUSY, f"{image.path}: other coordinators keep coming and going")
+
+
+def segment_status(segment: Segment, path: str) -> dict[str, Any]:
+    """What a control segment tells, without its coordinator's help."""
+    geometry = segment.geometry
+    return {
+        "image": {
+            "path": path,
+            "size_bytes": geometry.image_size,
+            "cluster_size_bytes": geometry.cluster_size,
+            "clusters": geometry.clusters,
+        },
+        "coordinator_pid": segment.header(Header.coordinator_pid),
+        "epoch": epoch(segment),
+        "slots": [_slot_status(segment, i) for i in range(geometry.slot_count) if segment.slot(i, Slot.pid)],
+        "workers": [
+            _worker_status(segment, i) for i in range(1, geometry.worker_count + 1) if segment.worker(i, Worker.pid)
+        ],
+        "snapshots": [
+            _snapshot_status(segment, i) for i in range(SNAPSHOT_COUNT) if state_of(segment, i) != states.FREE
+        ],
+        "counters": {
+            name: segment.header(getattr(Header, name))
+            for name in ("cuts", "cuts_abandoned", "workers_replaced", "slots_reaped")
+        },
+    }
+
+
+def _slot_status(segment: Segment, index: int) -> dict[str, Any]:
+    names = ("pid", "thread_id", "in_flight", "writes", "write_bytes", "first_touches")
+    names += ("wait_count", "wait_total_ns", "wait_max_ns", "gate_count")
+    waiting = segment.slot(index, Slot.want_sequence) % 2 == 1
+    return {
+        "slot": index,
+        **{name: segment.slot(index, getattr(Slot, name)) for name in names},
+        "wanted_clusters": [segment.slot(index, Slot.want_first), segment.slot(index, Slot.want_end)]
+        if waiting
+        else None,
+    }
+
+
+def _worker_status(segment: Segment, worker_id: int) -> dict[str, Any]:
+    names = ("pid", "wanted_chunks", "ahead_chunks", "background_chunks", "errors", "sleeps")
+    state = segment.worker(worker_id, Worker.state)
+    return {
+        "id": worker_id,
+        "state": ("away", "busy", "looking", "asleep")[state] if state < 4 else f"unknown ({state})",
+        **{name: segment.worker(worker_id, getattr(Worker, name)) for name in names},
+    }
+
+
+def _snapshot_status(segment: Segment, index: int) -> dict[str, Any]:
+    error = broken_error(segment, index)
+    state = state_of(segment, index)
+    policy = segment.snapshot(index, Snapshot.policy)
+    status: dict[str, Any] = {
+        "snapshot": index,
+        "serial": segment.snapshot(index, Snapshot.serial),
+        "state": states.NAMES.get(state, f"unknown ({state})"),
+        "on_cbw_error": next((name for name, value in states.POLICIES.items() if value == policy), "unknown"),
+        "cbw_timeout_s": segment.snapshot(index, Snapshot.timeout_ns) / 1e9,
+        "speed": segment.snapshot(index, Snapshot.speed),
+        "cut_time_ns": segment.snapshot(index, Snapshot.cut_time_ns),
+        "drained_ns": segment.snapshot(index, Snapshot.drained_ns),
+        "target": read_path(segment, index),
+        "broken": None,
+        "clusters": None,
+    }
+    if error is not None:
+        status["broken"] = {
+            "errno": error.errno,
+            "error": os.strerror(error.errno or errno.EIO),
+            "cluster": error.cluster,
+            "time_ns": error.time_ns,
+        }
+    try:
+        bitmap = Bitmap.attach(segment, status["serial"])
+    except OSError:
+        return status
+    status["clusters"] = bitmap.counts()._asdict()
+    bitmap.close()
+    return status
+
+
+def _job_status(job: Job) -> dict[str, Any]:
+    progress = job.progress()
+    return {
+        "id": job.id,
+        "type": "backup",
+        "status": job.status,
+        "sync": job.sync,
+        "target": job.target,
+        "cut_time_ns": job.cut_time_ns,
+        "drained_ns": job.drained_ns,
+        "progress": {name: getattr(progress, name) for name in Progress.__slots__},
+        "error": str(job.error) if job.error is not None else None,
+    }

@@ -1,0 +1,388 @@
+"""A copy worker: a process of the pool that copies clusters from source to target.
+
+    python -m shmcbw.workers.copy_worker IMAGE ID GENERATION
+
+It gets names, never handles, and reads all it must know from the segment, so it goes on serving writers when its
+coordinator dies.  In each round: what writers wait for, always first; then, if nothing was wanted, one chunk of
+background copying, a few milliseconds at the measured speed of the target; then spin a little, then sleep.
+
+Died here?  Its claims are the bytes equal to its id; whoever takes its lock gives them back (I3).  A cluster it had
+half written stays PENDING and is copied again from a source that could not change meanwhile.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+
+from shmcbw import _core, states
+from shmcbw.bitmap import COPIED, COPIED_FOR_WRITER, PENDING, Bitmap
+from shmcbw.errors import ShmcbwError
+from shmcbw.filter import leave_last
+from shmcbw.image import Identity
+from shmcbw.layout import SNAPSHOT_COUNT, Header, Snapshot, Worker, words
+from shmcbw.segment import COORDINATOR, Segment, attach, start_ticks, worker_byte
+
+from .copying import Copied, Source, copy_run
+from .targets import read_path
+
+AWAY, BUSY, LOOKING, ASLEEP = range(4)
+
+WANTED_LIMIT_BYTES = 1 << 20
+CHUNK_MAX_BYTES = 1 << 20
+CHUNK_TIME_NS = 2_000_000
+HOLE_CHUNK_CLUSTERS = 1 << 16
+AHEAD_MAX_BYTES = 1 << 20
+SPIN_MAX_NS = 300_000
+SPIN_MIN_NS = 5_000
+SLEEP_NS = 1_000_000_000
+GRACE_S = 5.0
+BUDGET_BURST_NS = 100_000_000
+
+
+@dataclass(slots=True)
+class Target:
+    """A snapshot as this worker serves it."""
+
+    index: int
+    serial: int
+    fd: int
+    bitmap: Bitmap
+    skip_holes: bool
+    exhausted_at: int = -1  # the cursor at which nothing was left to copy
+    ns_per_byte: float = 20.0  # before the first measurement: begin with small chunks
+
+
+class CopyWorker:
+    """The loop of one worker process."""
+
+    def __init__(self, segment: Segment, source: Source, worker_id: int, generation: int) -> None:
+        self.segment = segment
+        self.source = source
+        self.worker_id = worker_id
+        self.generation = generation
+        self.cluster_size = segment.geometry.cluster_size
+        self.clusters = segment.geometry.clusters
+        self.copier = _core.Copier(segment.memory, segment.geometry.core_layout(), worker_id)
+        self.pool = segment.semaphore("pool")
+        self.targets: dict[int, Target] = {}
+        self.turn = 0
+        self.spin_ns = 100_000
+        self.may_spin = len(os.sched_getaffinity(0)) > 1
+        self.orphan_since: float | None = None
+        self.checked_s = 0.0
+        self.leaving = False
+
+    # -- the loop --------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Serve until the pool moves on to another generation, or nobody needs us any more."""
+        limit = max(1, WANTED_LIMIT_BYTES // self.cluster_size)
+        while not self.leaving and self.segment.header(Header.pool_generation) == self.generation:
+            if self.copier.changed():
+                self._follow_table()
+            wanted = self.copier.claim_wanted(limit, 0)
+            if wanted is not None:
+                self._serve(*wanted)
+                continue
+            self._set_state(BUSY)
+            wait_ns = self._copy_background_chunk()
+            if wait_ns == 0:
+                continue
+            wanted = self._look(limit)
+            if wanted is None:
+                wanted = self._sleep(limit, wait_ns)
+            if wanted is not None:
+                self._serve(*wanted)
+        self._set_state(AWAY)
+
+    def _look(self, limit: int) -> tuple[int, int, int, int, int, int] | None:
+        """Spin for a bounded time; the bound follows whether spinning has been paying off."""
+        if not self.may_spin or self.spin_ns == 0:
+            return None
+        wanted = self.copier.claim_wanted(limit, self.spin_ns)
+        if wanted is not None:
+            self.spin_ns = min(SPIN_MAX_NS, 2 * self.spin_ns)
+        else:
+            self.spin_ns = self.spin_ns // 2 if self.spin_ns > SPIN_MIN_NS else 0
+        return wanted
+
+    def _sleep(self, limit: int, wait_ns: int) -> tuple[int, int, int, int, int, int] | None:
+        """Say ASLEEP, look once more, sleep.  A writer publishes its want, then loads our state: one sees the other."""
+        self._set_state(ASLEEP)
+        wanted = self.copier.claim_wanted(limit, 0)
+        if wanted is not None or self.copier.changed():
+            if wanted is None:
+                self._follow_table()
+            return wanted
+        self.segment.set_worker(self.worker_id, Worker.sleeps, self.segment.worker(self.worker_id, Worker.sleeps) + 1)
+        posted = self.pool.wait(min(wait_ns, SLEEP_NS))
+        self._set_state(BUSY)
+        if posted:
+            self.spin_ns = max(self.spin_ns, 50_000)
+        self._check_coordinator()
+        return None
+
+    def _set_state(self, state: int) -> None:
+        self.segment.set_worker(self.worker_id, Worker.state, state)
+
+    def _count(self, word: str) -> None:
+        _core.add_u64(self.segment.memory, self.segment.geometry.worker(self.worker_id, getattr(Worker, word)), 1)
+
+    def _check_coordinator(self) -> None:
+        """An orphan leaves when no coordinator has come within the grace time and no snapshot needs it."""
+        now = time.monotonic()
+        if now - self.checked_s < 0.5:
+            return
+        self.checked_s = now
+        if self.segment.locked(COORDINATOR) or self.targets:
+            self.orphan_since = None
+        elif self.orphan_since is None:
+            self.orphan_since = now
+        elif now - self.orphan_since > GRACE_S:
+            self.leaving = True
+
+    # -- the snapshot table ----------------------------------------------------------------------------------------
+
+    def _follow_table(self) -> None:
+        """Open targets of new snapshots, let go of those that are gone, and say so in our entry."""
+        for index in range(SNAPSHOT_COUNT):
+            state = self.segment.snapshot(index, Snapshot.state) & 0xFFFFFFFF
+            serial = self.segment.snapshot(index, Snapshot.serial)
+            target = self.targets.get(index)
+            wanted = state in (states.PREPARING, states.PREPARED, states.ACTIVE)
+            if target is not None and (not wanted or target.serial != serial):
+                self._let_go(target)
+            if wanted and index not in self.targets:
+                self._open_target(index, serial)
+
+    def _open_target(self, index: int, serial: int) -> None:
+        number = 0
+        try:
+            # Opened once and kept: a write error that the kernel notices late is reported to this descriptor.
+            fd = os.open(read_path(self.segment, index), os.O_RDWR | os.O_CLOEXEC)
+            try:
+                found = Identity.of(os.fstat(fd))
+                expected = Identity(
+                    self.segment.snapshot(index, Snapshot.target_device),
+                    self.segment.snapshot(index, Snapshot.target_inode),
+                )
+                if found != expected:
+                    raise OSError(errno.ESTALE, "the target was replaced")
+                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                bitmap = Bitmap.attach(self.segment, serial)
+            except BaseException:
+                os.close(fd)
+                raise
+            self.copier.attach_bitmap(index, serial, bitmap.memory)
+            sync = self.segment.snapshot(index, Snapshot.sync)
+            self.targets[index] = Target(index, serial, fd, bitmap, sync == states.SYNC_TOP)
+        except OSError as error:
+            number = error.errno or errno.EIO
+        base = self.segment.geometry
+        _core.store_u32(self.segment.memory, base.worker(self.worker_id, Worker.ready_errno) + 4 * index, number)
+        _core.store_u32(self.segment.memory, base.worker(self.worker_id, Worker.ready_serial) + 4 * index, serial)
+        self.segment.wake_coordinator()
+
+    def _let_go(self, target: Target) -> None:
+        self.copier.detach_bitmap(target.index)
+        target.bitmap.close()
+        os.close(target.fd)
+        del self.targets[target.index]
+
+    # -- what a writer waits for -----------------------------------------------------------------------------------
+
+    def _serve(self, slot: int, sequence: int, want_first: int, index: int, first: int, end: int) -> None:
+        """Copy a claimed run that the slot waits for; then, for a sequential writer, some more behind it."""
+        target = self.targets[index]
+        copied = self._copy(target, first, end, COPIED_FOR_WRITER)
+        self._count("wanted_chunks")
+        self._charge(target, copied.written_bytes)
+        if copied.error is not None:
+            self.copier.deliver_error(
+                slot, sequence, want_first, index, copied.failed_cluster, copied.error.errno or errno.EIO
+            )
+            self.segment.wake_slot(slot)
+            return
+        self._copy_ahead(target, first, end)
+
+    def _copy_ahead(self, target: Target, first: int, end: int) -> None:
+        """Behind a run of clusters that were copied for writers, copy as many again: the next ones will be wanted."""
+        limit = max(1, AHEAD_MAX_BYTES // self.cluster_size)
+        run = end - first
+        while run < limit and first > 0 and target.bitmap.state(first - 1) == COPIED_FOR_WRITER:
+            first -= 1
+            run += 1
+        if run < 2 or end >= self.clusters:
+            return
+        claimed = _core.claim(target.bitmap.memory, end, min(end + run, self.clusters), self.worker_id, run)
+        if claimed is not None:
+            self._count("ahead_chunks")
+            copied = self._copy(target, *claimed, COPIED_FOR_WRITER)
+            self._charge(target, copied.written_bytes)
+
+    # -- background ------------------------------------------------------------------------------------------------
+
+    def _copy_background_chunk(self) -> int:
+        """One chunk for one snapshot, in turn.  0: did some work; else how long (ns) there will be none."""
+        wait_ns = SLEEP_NS
+        for turn in range(SNAPSHOT_COUNT):
+            index = (self.turn + turn) % SNAPSHOT_COUNT
+            target = self.targets.get(index)
+            if target is None:
+                continue
+            answer = self._chunk_of(target)
+            if answer == 0:
+                self.turn = index + 1
+                return 0
+            wait_ns = min(wait_ns, answer)
+        return wait_ns
+
+    def _chunk_of(self, target: Target) -> int:
+        segment, index = self.segment, target.index
+        if (
+            segment.snapshot(index, Snapshot.state) & 0xFFFFFFFF != states.ACTIVE
+            or segment.snapshot(index, Snapshot.serial) != target.serial
+            or not segment.snapshot(index, Snapshot.background)
+            or segment.snapshot(index, Snapshot.background_error)
+        ):
+            return SLEEP_NS
+        cursor = segment.snapshot(index, Snapshot.cursor)
+        if cursor == target.exhausted_at:
+            return SLEEP_NS
+        start = min(cursor, self.clusters)
+        first = _core.find_pending(target.bitmap.memory, start, self.clusters)
+        if first == self.clusters:
+            first = _core.find_pending(target.bitmap.memory, 0, start)
+            if first == start:
+                target.exhausted_at = cursor
+                segment.wake_coordinator()
+                return SLEEP_NS
+        limit = self._chunk_clusters(target, first)
+        wait_ns = self._spend_budget(target, min(limit * self.cluster_size, CHUNK_MAX_BYTES))
+        if wait_ns:
+            return wait_ns
+        claimed = _core.claim(target.bitmap.memory, first, min(first + limit, self.clusters), self.worker_id, limit)
+        if claimed is None:
+            return 0
+        segment.exchange_snapshot(index, Snapshot.cursor, cursor, claimed[1])
+        started = time.monotonic_ns()
+        copied = self._copy(target, *claimed, COPIED)
+        self._count("background_chunks")
+        if copied.written_bytes:
+            measured = (time.monotonic_ns() - started) / copied.written_bytes
+            target.ns_per_byte += (measured - target.ns_per_byte) / 4
+        if copied.error is not None:
+            word = states.error_word(copied.error.errno or errno.EIO, copied.failed_cluster)
+            segment.exchange_snapshot(index, Snapshot.background_error, 0, word)
+            segment.wake_coordinator()
+        return 0
+
+    def _chunk_clusters(self, target: Target, first: int) -> int:
+        """How much to take at once: a few milliseconds of writing; of a hole, many clusters."""
+        offset = first * self.cluster_size
+        hole = (self.source.data_from(offset) - offset) // self.cluster_size
+        size = min(CHUNK_MAX_BYTES, int(CHUNK_TIME_NS / max(target.ns_per_byte, 0.01)))
+        speed = self.segment.snapshot(target.index, Snapshot.speed)
+        if speed:
+            size = min(size, speed // 10)
+        return max(1, size // self.cluster_size, min(hole, HOLE_CHUNK_CLUSTERS))
+
+    # -- the byte budget -------------------------------------------------------------------------------------------
+
+    def _spend_budget(self, target: Target, count: int) -> int:
+        """Take ``count`` bytes of the snapshot's speed, paid before they move; or how long (ns) to wait for them."""
+        segment, index = self.segment, target.index
+        while speed := segment.snapshot(index, Snapshot.speed):
+            cost = count * 1_000_000_000 // speed
+            spent, now = segment.snapshot(index, Snapshot.budget_ns), time.monotonic_ns()
+            until = max(spent, now - max(cost, BUDGET_BURST_NS)) + cost
+            if until > now:
+                return until - now
+            if segment.exchange_snapshot(index, Snapshot.budget_ns, spent, until):
+                return 0
+        return 0
+
+    def _charge(self, target: Target, count: int) -> None:
+        """What writers needed is counted against the budget and never delayed."""
+        segment, index = self.segment, target.index
+        while count and (speed := segment.snapshot(index, Snapshot.speed)):
+            spent = segment.snapshot(index, Snapshot.budget_ns)
+            until = max(spent, time.monotonic_ns() - BUDGET_BURST_NS) + count * 1_000_000_000 // speed
+            if segment.exchange_snapshot(index, Snapshot.budget_ns, spent, until):
+                return
+
+    # -- one run ---------------------------------------------------------------------------------------------------
+
+    def _copy(self, target: Target, first: int, end: int, state: int) -> Copied:
+        """Copy and publish a claimed run, give back what failed, and wake who waits for any of it (I2)."""
+        copied = copy_run(
+            self.source,
+            target.fd,
+            first,
+            end,
+            cluster_size=self.cluster_size,
+            copied_state=state,
+            skip_holes=target.skip_holes,
+        )
+        memory = target.bitmap.memory
+        for run_first, run_end, run_state in copied.runs:
+            _core.exchange(memory, run_first, run_end, self.worker_id, run_state)
+        if copied.error is not None:
+            self._count("errors")
+            _core.exchange(memory, copied.failed_cluster, end, self.worker_id, PENDING)
+            cursor = self.segment.snapshot(target.index, Snapshot.cursor)
+            if cursor > copied.failed_cluster:
+                self.segment.exchange_snapshot(target.index, Snapshot.cursor, cursor, copied.failed_cluster)
+        for slot in self.copier.sleepers(first, end):
+            self.segment.wake_slot(slot)
+        return copied
+
+    def close(self) -> None:
+        for target in list(self.targets.values()):
+            self._let_go(target)
+        self.copier.release()
+
+
+def main(arguments: list[str]) -> int:
+    """Attach to the image's segment as the worker with this id; serve; leave."""
+    path, worker_id, generation = arguments[0], int(arguments[1]), int(arguments[2])
+    # A terminal's Ctrl-C goes to the whole group: the coordinator decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        source = Source(path)
+        segment = attach(source.file.identity, source.size_bytes, os.fstat(source.file.fd).st_uid)
+    except (ShmcbwError, OSError) as error:
+        print(f"shmcbw copy worker {worker_id}: {error}", file=sys.stderr)
+        return 1
+    if not segment.try_lock(worker_byte(worker_id)):
+        print(f"shmcbw copy worker {worker_id}: the id is taken", file=sys.stderr)
+        return 1
+    for name, word in words(Worker):
+        if word.size in (4, 8) and name != "generation":
+            segment.set_worker(worker_id, word, 0)
+    memory, geometry = segment.memory, segment.geometry
+    for index in range(SNAPSHOT_COUNT):
+        _core.store_u32(memory, geometry.worker(worker_id, Worker.ready_serial) + 4 * index, 0)
+    worker = CopyWorker(segment, source, worker_id, generation)
+    worker._follow_table()
+    segment.set_worker(worker_id, Worker.start_ticks, start_ticks(os.getpid()))
+    segment.set_worker(worker_id, Worker.pid, os.getpid())
+    segment.set_worker(worker_id, Worker.generation, generation)
+    segment.wake_coordinator()
+    worker.run()
+    worker.close()
+    segment.set_worker(worker_id, Worker.pid, 0)
+    segment.unlock(worker_byte(worker_id))
+    leave_last(segment)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,109 @@
+"""Copy one claimed run of clusters from the source to a target.
+
+The target is fresh: what is not written reads as zeroes.  So a hole costs one lseek, a cluster of zeroes one look, and
+only the rest is written, with calls that return an errno (ENOSPC, EIO) instead of stores that turn into SIGBUS.
+
+A claimed cluster can't be written by anybody, so what SEEK_DATA says of it stays true while we hold the claim; where
+hole reporting lies (`image.HONEST_HOLES`), nothing is taken for a hole.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from dataclasses import dataclass, field
+
+from shmcbw import _core
+from shmcbw.bitmap import SKIPPED, ZERO
+from shmcbw.clusters import byte_range
+from shmcbw.image import HONEST_HOLES, ImageFile, file_size, next_data
+
+
+@dataclass(slots=True)
+class Copied:
+    """What became of a run: (first, end, state) in order; the error that ended it, and at which cluster."""
+
+    runs: list[tuple[int, int, int]] = field(default_factory=list)
+    written_bytes: int = 0
+    error: OSError | None = None
+    failed_cluster: int = -1
+
+    def add(self, first: int, end: int, state: int) -> None:
+        if self.runs and self.runs[-1][1] == first and self.runs[-1][2] == state:
+            self.runs[-1] = (self.runs[-1][0], end, state)
+        else:
+            self.runs.append((first, end, state))
+
+
+class Source:
+    """The image as a worker reads it: a descriptor and a read-only mapping."""
+
+    def __init__(self, path: str) -> None:
+        self.file = ImageFile.open(path, writable=False)
+        self.size_bytes = self.file.size_bytes
+        self.memory: mmap.mmap = self.file.map()
+        self.view = memoryview(self.memory)
+        self.honest_holes = _core.file_system(self.file.fd) in HONEST_HOLES
+
+    def data_from(self, offset: int) -> int:
+        """The first byte from ``offset`` on that may be data."""
+        return next_data(self.file.fd, offset, self.size_bytes) if self.honest_holes else offset
+
+
+def copy_run(
+    source: Source, target_fd: int, first: int, end: int, *, cluster_size: int, copied_state: int, skip_holes: bool
+) -> Copied:
+    """Copy the claimed clusters first..end; the caller publishes them.  An OSError ends up in the result."""
+    result = Copied()
+    hole_state = SKIPPED if skip_holes else ZERO
+    cluster = first
+    try:
+        while cluster < end:
+            offset = cluster * cluster_size
+            data = source.data_from(offset)
+            if data > offset:
+                # Whole clusters before the data; the last one of the image is whole when the hole reaches its end.
+                hole_end = end if data >= source.size_bytes else min(end, data // cluster_size)
+                if hole_end > cluster:
+                    result.add(cluster, hole_end, hole_state)
+                    cluster = hole_end
+                    continue
+            run_end = cluster + 1
+            zero = _is_zero(source, cluster, cluster_size)
+            while run_end < end and not zero and not _is_zero(source, run_end, cluster_size):
+                run_end += 1
+            if zero:
+                result.add(cluster, run_end, ZERO)
+            else:
+                offset, length = byte_range(cluster, run_end, cluster_size, source.size_bytes)
+                write_fully(target_fd, source.view[offset : offset + length], offset)
+                result.written_bytes += length
+                result.add(cluster, run_end, copied_state)
+            cluster = run_end
+    except OSError as error:
+        result.error = _explain(error, source)
+        result.failed_cluster = cluster
+    return result
+
+
+def _is_zero(source: Source, cluster: int, cluster_size: int) -> bool:
+    offset, length = byte_range(cluster, cluster + 1, cluster_size, source.size_bytes)
+    return _core.is_zero(source.memory, offset, length)
+
+
+def write_fully(fd: int, data: memoryview, offset: int) -> None:
+    """pwrite all of it; OSError with the errno of the call that failed."""
+    while data:
+        written = os.pwrite(fd, data, offset)
+        if written == 0:
+            raise OSError(errno.ENOSPC, "the target takes no more bytes")
+        data = data[written:]
+        offset += written
+
+
+def _explain(error: OSError, source: Source) -> OSError:
+    """A source that was truncated shows as EFAULT of a write from its mapping, or as a SIGBUS of the zero test."""
+    if error.errno in (errno.EFAULT, errno.EIO) and file_size(source.file.fd) < source.size_bytes:
+        return OSError(errno.EIO, f"the source was truncated to {file_size(source.file.fd)} bytes")
+    return error

@@ -1,0 +1,181 @@
+"""The pool: starts copy workers, notices their death, gives their claims back, replaces them.
+
+Workers are started as ``python -m shmcbw.workers.copy_worker`` rather than by multiprocessing: a spawned child would
+run the embedding program's main module again, and starts five times slower.  They are told names only, and outlive
+the coordinator on purpose.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+
+from shmcbw import _core
+from shmcbw.bitmap import Bitmap
+from shmcbw.errors import PoolError
+from shmcbw.layout import SNAPSHOT_COUNT, Header, Snapshot, Worker
+from shmcbw.segment import Segment, worker_byte
+from shmcbw.snapshots import wake_all
+
+log = logging.getLogger("shmcbw")
+
+START_TIMEOUT_S = 20.0
+STOP_TIMEOUT_S = 5.0
+RESPAWN_PAUSE_S = 0.5
+
+
+class Pool:
+    """The copy workers of one coordinator: ids, processes, generation."""
+
+    def __init__(self, segment: Segment, image_path: str, count: int) -> None:
+        self._segment = segment
+        self._image_path = image_path
+        self._count = count
+        self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        self._started_s: dict[int, float] = {}
+        self._generation = 0
+
+    @property
+    def pids(self) -> dict[int, int]:
+        """Process ids by worker id."""
+        return {worker_id: process.pid for worker_id, process in self._processes.items()}
+
+    def start(self) -> None:
+        """Raise the generation, so that workers of an earlier coordinator leave, and start ours on free ids.
+
+        Returns when all of them serve; PoolError if they don't within 20 s.
+        """
+        self._raise_generation()
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while True:
+            for worker_id in self._free_ids()[: self._count - len(self._processes)]:
+                self._spawn(worker_id)
+            if len(self._processes) == self._count and all(map(self._serves, self._processes)):
+                return
+            dead = [process.returncode for process in self._processes.values() if process.poll() is not None]
+            if dead or time.monotonic() > deadline:
+                self.stop()
+                raise PoolError(f"the copy workers did not start (exit statuses {dead})")
+            self._segment.semaphore("c").wait(10_000_000)
+
+    def _raise_generation(self) -> None:
+        self._generation = (self._segment.header(Header.pool_generation) + 1) & 0xFFFFFFFF
+        self._segment.set_header(Header.pool_generation, self._generation)
+        self.wake()
+
+    def _free_ids(self) -> list[int]:
+        ids = range(1, self._segment.geometry.worker_count + 1)
+        return [i for i in ids if i not in self._processes and not self._segment.locked(worker_byte(i))]
+
+    def _spawn(self, worker_id: int) -> None:
+        self._return_claims(worker_id)
+        command = [
+            sys.executable,
+            "-m",
+            "shmcbw.workers.copy_worker",
+            self._image_path,
+            str(worker_id),
+            str(self._generation),
+        ]
+        self._processes[worker_id] = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        self._started_s[worker_id] = time.monotonic()
+
+    def _serves(self, worker_id: int) -> bool:
+        return (
+            self._segment.worker(worker_id, Worker.generation) == self._generation
+            and self._segment.worker(worker_id, Worker.pid) == self._processes[worker_id].pid
+        )
+
+    def supervise(self) -> None:
+        """Reap the dead, return their claims, wake who waited for them, and start others in their place."""
+        for worker_id, process in list(self._processes.items()):
+            if process.poll() is None:
+                continue
+            if time.monotonic() - self._started_s[worker_id] < RESPAWN_PAUSE_S:
+                continue
+            log.warning("copy worker %d (pid %d) ended: status %s", worker_id, process.pid, process.returncode)
+            del self._processes[worker_id]
+            self._segment.count_header(Header.workers_replaced)
+            self._spawn(worker_id)
+            wake_all(self._segment)
+            self.wake()
+
+    def return_dead_claims(self) -> None:
+        """For an adopting coordinator: clear every id that nobody holds."""
+        for worker_id in self._free_ids():
+            self._return_claims(worker_id)
+
+    def _return_claims(self, worker_id: int) -> None:
+        """Bytes equal to a dead worker's id go back to PENDING (I3).  Its lock is free: all its calls have ended."""
+        segment = self._segment
+        if not segment.try_lock(worker_byte(worker_id)):
+            return
+        for index in range(SNAPSHOT_COUNT):
+            serial = segment.snapshot(index, Snapshot.serial)
+            try:
+                bitmap = Bitmap.attach(segment, serial)
+            except OSError:
+                continue
+            returned = bitmap.release_claims(worker_id)
+            bitmap.close()
+            if returned:
+                segment.set_snapshot(index, Snapshot.cursor, 0)
+        for word in (Worker.state, Worker.pid, Worker.generation):
+            segment.set_worker(worker_id, word, 0)
+        segment.unlock(worker_byte(worker_id))
+
+    def wait_ready(self, index: int, serial: int, timeout_s: float) -> int:
+        """Wait until every living worker has tried to open a snapshot's target: 0, or the errno of the first refusal.
+
+        TimeoutError if one does not answer.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            answers = [self._answer(worker_id, index, serial) for worker_id in self._processes]
+            if all(answer is not None for answer in answers):
+                return next((answer for answer in answers if answer), 0)
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the copy workers did not open the target within {timeout_s} s")
+            self.wake()
+            self._segment.semaphore("c").wait(5_000_000)
+
+    def _answer(self, worker_id: int, index: int, serial: int) -> int | None:
+        memory, geometry = self._segment.memory, self._segment.geometry
+        if _core.load_u32(memory, geometry.worker(worker_id, Worker.ready_serial) + 4 * index) != serial:
+            return None
+        return _core.load_u32(memory, geometry.worker(worker_id, Worker.ready_errno) + 4 * index)
+
+    def wake(self, worker_ids: Iterable[int] | None = None) -> None:
+        """There is work, or the table has changed: one post for each worker."""
+        pool = self._segment.semaphore("pool")
+        for _ in worker_ids if worker_ids is not None else range(max(self._count, 1)):
+            pool.post()
+
+    def stop(self) -> None:
+        """End the workers: they leave by themselves when the generation moves on; who does not is killed."""
+        self._raise_generation()
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+        for process in self._processes.values():
+            while process.poll() is None and time.monotonic() < deadline:
+                self.wake()
+                try:
+                    process.wait(0.02)
+                except subprocess.TimeoutExpired:
+                    continue
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        for worker_id in self._processes:
+            self._return_claims(worker_id)
+        self._processes.clear()
+
+
+def absolute(path: str | os.PathLike[str]) -> str:
+    """A path that still means the same in a worker: a memfd's /proc/self becomes this process."""
+    name = os.path.abspath(os.fspath(path))
+    prefix = "/proc/self/"
+    return f"/proc/{os.getpid()}/{name.removeprefix(prefix)}" if name.startswith(prefix) else name

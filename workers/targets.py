@@ -1,0 +1,201 @@
+"""Target files: checked before the cut, kept under another name until they are right.
+
+A backup grows as ``TARGET.shmcbw-partial`` and gets its name by rename when it is complete and synced.  So whatever
+dies, a file called TARGET is a finished backup (or the one that was there before); a user needs no tool to tell, and
+``overwrite`` never leaves him with neither.  A mark inside the file was rejected: every tool that reads raw images
+would have to know it.  A block device has no name to hold back, so it is refused as a target.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+
+from shmcbw.errors import TargetRefusedError
+from shmcbw.image import Identity, ImageFile
+from shmcbw.layout import PATH_SIZE, Snapshot
+from shmcbw.segment import Segment
+
+PARTIAL_SUFFIX = ".shmcbw-partial"
+
+
+class TargetFile:
+    """A target under preparation: an open, sized, sparse, locked file.
+
+    ``path`` is where it will be, ``working_path`` where it is.  For scratch both are the same.
+    """
+
+    def __init__(self, path: str, working_path: str, fd: int, identity: Identity, *, overwrite: bool) -> None:
+        self.path = path
+        self.working_path = working_path
+        self.fd = fd
+        self.identity = identity
+        self._overwrite = overwrite
+
+    @classmethod
+    def create(
+        cls, path: str | os.PathLike[str], image: ImageFile, *, overwrite: bool, scratch: bool, full: bool
+    ) -> TargetFile:
+        """Check and create; TargetRefusedError with nothing changed.  ``full``: all of the image will be written."""
+        # The name behind links: the rename must replace the file, not a link to it.
+        final = os.path.realpath(os.fspath(path))
+        if len(os.fsencode(final)) + len(PARTIAL_SUFFIX) >= PATH_SIZE:
+            raise TargetRefusedError(errno.ENAMETOOLONG, f"target {final}: the path is too long")
+        mode = _check_existing(final, image, overwrite)
+        _check_space(final, image, full)
+        working = final if scratch else final + PARTIAL_SUFFIX
+        # Like cp: the source's permission bits, cut by the umask.
+        permissions = stat.S_IMODE(os.fstat(image.fd).st_mode) & 0o666 | 0o600
+        fd = _create_file(working, final, permissions, replace=not scratch or overwrite)
+        try:
+            os.ftruncate(fd, 0)
+            os.ftruncate(fd, image.size_bytes)
+            if mode is not None:
+                os.fchmod(fd, mode)
+        except OSError as error:
+            os.unlink(working)
+            os.close(fd)
+            raise TargetRefusedError(error.errno, f"target {final}: {error.strerror}") from error
+        return cls(final, working, fd, Identity.of(os.fstat(fd)), overwrite=overwrite)
+
+    @classmethod
+    def adopt(cls, working_path: str, identity: Identity) -> TargetFile | None:
+        """The target of a dead coordinator, under its working or already under its final name; None if it is gone."""
+        final = working_path.removesuffix(PARTIAL_SUFFIX)
+        for name in (working_path, final):
+            try:
+                fd = os.open(name, os.O_RDWR | os.O_CLOEXEC)
+            except OSError:
+                continue
+            if Identity.of(os.fstat(fd)) == identity:
+                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return cls(final, name, fd, identity, overwrite=True)
+            os.close(fd)
+        return None
+
+    def sync(self) -> None:
+        """fdatasync, by the descriptor that was open all along: the first failure is final, never tried again."""
+        os.fdatasync(self.fd)
+
+    def finish(self) -> None:
+        """Give the complete and synced file its name; FileExistsError if one has appeared there meanwhile."""
+        if self.working_path == self.path:
+            return
+        if Identity.of(os.stat(self.working_path)) != self.identity:
+            raise OSError(errno.ESTALE, f"{self.working_path} was replaced while it was written")
+        if self._overwrite:
+            os.rename(self.working_path, self.path)
+        else:
+            # link() fails where rename() would replace a file that appeared since the check.
+            os.link(self.working_path, self.path)
+            os.unlink(self.working_path)
+        self.working_path = self.path
+        directory = os.open(os.path.dirname(self.path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+    def remove(self) -> None:
+        """Remove what is not finished, if it still is our file."""
+        try:
+            if Identity.of(os.stat(self.working_path)) == self.identity:
+                os.unlink(self.working_path)
+        except FileNotFoundError:
+            pass
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def _check_existing(path: str, image: ImageFile, overwrite: bool) -> int | None:
+    """Refuse a target that can't be; returns the permission bits of one that will be replaced."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise TargetRefusedError(error.errno, f"target {path}: {error.strerror}") from error
+    if stat.S_ISBLK(status.st_mode):
+        if Identity.of(status) == image.identity:
+            raise TargetRefusedError(errno.EINVAL, f"target {path} is the source")
+        raise TargetRefusedError(
+            errno.EINVAL, f"target {path} is a block device: it has no name to hold back while it is unfinished"
+        )
+    if not stat.S_ISREG(status.st_mode):
+        raise TargetRefusedError(errno.EINVAL, f"target {path} is not a regular file")
+    if Identity.of(status) == image.identity:
+        raise TargetRefusedError(errno.EINVAL, f"target {path} is the source (the same file, or a hard link of it)")
+    if not overwrite:
+        raise TargetRefusedError(errno.EEXIST, f"target {path} exists; allow overwrite to replace it")
+    if status.st_size != image.size_bytes:
+        raise TargetRefusedError(
+            errno.EINVAL, f"target {path} has {status.st_size} bytes, the source {image.size_bytes}: not its backup"
+        )
+    if not os.access(path, os.W_OK):
+        raise TargetRefusedError(errno.EACCES, f"target {path} is not writable")
+    return stat.S_IMODE(status.st_mode)
+
+
+def _check_space(path: str, image: ImageFile, full: bool) -> None:
+    directory = os.path.dirname(path)
+    try:
+        space = os.statvfs(directory)
+    except OSError as error:
+        raise TargetRefusedError(error.errno, f"target {path}: its directory: {error.strerror}") from error
+    free = space.f_bavail * space.f_frsize
+    allocated = min(image.size_bytes, os.fstat(image.fd).st_blocks * 512) if full else 0
+    needed = max(allocated, space.f_frsize)
+    if free < needed:
+        raise TargetRefusedError(
+            errno.ENOSPC, f"target {path}: {needed} bytes are needed, {free} are free on its file system"
+        )
+
+
+def _create_file(working: str, final: str, permissions: int, *, replace: bool) -> int:
+    """Create the file exclusively, or take over one that nobody holds."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        fd = os.open(working, flags | os.O_EXCL, permissions)
+    except FileExistsError:
+        if not replace:
+            raise TargetRefusedError(errno.EEXIST, f"target {final} exists") from None
+        fd = _open_existing(working, final, flags)
+    except OSError as error:
+        raise TargetRefusedError(error.errno, f"target {final}: {working}: {error.strerror}") from error
+    try:
+        # Shared by us, and by the workers through their own descriptors: an exclusive lock means that nobody is left.
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise TargetRefusedError(errno.EBUSY, f"target {final}: another backup is writing {working}") from None
+    return fd
+
+
+def _open_existing(working: str, final: str, flags: int) -> int:
+    try:
+        fd = os.open(working, flags)
+    except OSError as error:
+        raise TargetRefusedError(error.errno, f"target {final}: {working}: {error.strerror}") from error
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise TargetRefusedError(errno.EINVAL, f"target {final}: {working} is not a regular file")
+    return fd
+
+
+def read_path(segment: Segment, index: int) -> str:
+    """The working path of a snapshot's target, from its table entry."""
+    offset = segment.geometry.snapshot(index, Snapshot.target_path)
+    raw = bytes(segment.memory[offset : offset + PATH_SIZE])
+    return os.fsdecode(raw.partition(b"\0")[0])
+
+
+def write_path(segment: Segment, index: int, path: str) -> None:
+    offset = segment.geometry.snapshot(index, Snapshot.target_path)
+    raw = os.fsencode(path)
+    segment.memory[offset : offset + PATH_SIZE] = raw + bytes(PATH_SIZE - len(raw))
