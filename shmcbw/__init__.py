@@ -6,9 +6,10 @@ A writer process opens the image through the filter::
     with shmcbw.open("disk.img") as disk:
         disk.pwrite(b"...", 4096)
 
-and a coordinator (`shmcbw.workers.Coordinator`, or the ``shmcbw`` command) takes backups meanwhile.  This package is
-the library: state in shared memory and the rules on it.  It starts no process and handles no signal but SIGBUS
-(``_core/guard.c``); what runs is in `shmcbw.workers`.
+and a coordinator (`shmcbw.workers.Coordinator`, or the ``shmcbw`` command) takes backups meanwhile.
+
+This package is the library: state in shared memory and the rules on it.  It starts no process and handles no signal
+but SIGBUS (``_core/guard.c``); what runs is in `shmcbw.workers`.
 """
 
 from .errors import (

@@ -38,7 +38,7 @@ from .segment import COORDINATOR, Segment, attach, unlink_all
 from .slots import acquire_slot, release_slot
 from .snapshots import break_snapshot, is_active, state_of
 
-_ATTACH, _UNMAPPED, _FAILED, _LATE, _GATED, _FAULT, _RANGE, _READ_ONLY = range(8)
+_ATTACH, _UNMAPPED, _FAILED, _LATE, _GATED, _FAULT, _RANGE = range(7)
 _ATTACH_TRIES = 100
 _ATTACH_PAUSE_S = 0.01
 
@@ -238,7 +238,7 @@ class Disk(_core.Filter):
     def _resolve(self, reason: int, index: int, value: int, cluster: int) -> None:
         """Called by the core, out of flight: returns to have the write start over, or raises to refuse it."""
         if reason == _ATTACH:
-            self._resolve_attach()
+            self._resolve_attach(for_writing=bool(index))
         elif reason == _UNMAPPED:
             self._map_bitmap(index)
         elif reason == _FAILED:
@@ -249,21 +249,21 @@ class Disk(_core.Filter):
             self._leave_gate(value)
         elif reason == _FAULT:
             raise self._fault(value, cluster)
-        elif reason == _READ_ONLY:
-            raise ReadOnlyImageError(errno.EBADF, f"{self.path}: the disk was opened read-only")
         else:
             where = (
                 f"{cluster} bytes at {value}" if value < 1 << 63 and cluster < 1 << 63 else "a negative or huge range"
             )
             raise OutOfRangeError(f"{self.path}: {where}: the image has {self.size_bytes} bytes")
 
-    def _resolve_attach(self) -> None:
+    def _resolve_attach(self, *, for_writing: bool) -> None:
         if self._closed:
             raise ClosedError(f"{self.path}: the disk is closed")
+        if for_writing and not self._image.writable:
+            raise ReadOnlyImageError(errno.EBADF, f"{self.path}: the disk was opened read-only")
         with self._lock:
             if self._segment is None:
                 self._attach()
-        if self._image.writable and getattr(self._local, "lease", None) is None:
+        if for_writing and getattr(self._local, "lease", None) is None:
             self._take_slot()
 
     def _map_bitmap(self, index: int) -> None:

@@ -202,6 +202,16 @@ class Segment:
         """Compare-and-swap of an 8-byte word of a snapshot entry."""
         return _core.compare_exchange_u64(self.memory, self.geometry.snapshot(index, word), expected, desired)
 
+    def text(self, offset: int, word: Word) -> str:
+        """A path in the segment, up to its NUL."""
+        raw = bytes(self.memory[offset : offset + word.size])
+        return os.fsdecode(raw.partition(b"\0")[0])
+
+    def set_text(self, offset: int, word: Word, text: str) -> None:
+        """Store a path, cut off where there is no room (callers that may not lose any check before)."""
+        raw = os.fsencode(text)[: word.size - 1]
+        self.memory[offset : offset + word.size] = raw + bytes(word.size - len(raw))
+
     # -- ownership -------------------------------------------------------------------------------------------------
 
     def try_lock(self, byte: int) -> bool:
@@ -324,8 +334,8 @@ def _create_semaphore(name: str, access: Access) -> None:
     access.apply(SHM / f"sem.{name[1:]}")
 
 
-def attach(identity: Identity, size_bytes: int, image_uid: int) -> Segment:
-    """Attach to the control segment of an image.
+def attach(identity: Identity, size_bytes: int | None, image_uid: int) -> Segment:
+    """Attach to the control segment of an image of ``size_bytes`` (None: whatever size it was made for).
 
     Checks owner, size, magic, layout version, boot and image identity before anything else is touched.  Raises
     NoCoordinatorError (there is none, or it is not finished), ForeignSegmentError, LayoutVersionError.
@@ -354,7 +364,9 @@ def attach(identity: Identity, size_bytes: int, image_uid: int) -> Segment:
     return segment
 
 
-def _check_header(memory: mmap.mmap, name: str, identity: Identity, size_bytes: int, segment_bytes: int) -> Geometry:
+def _check_header(
+    memory: mmap.mmap, name: str, identity: Identity, size_bytes: int | None, segment_bytes: int
+) -> Geometry:
     def number(word: Word) -> int:
         load = _core.load_u32 if word.size == 4 else _core.load_u64
         return load(memory, word.offset)
@@ -370,7 +382,7 @@ def _check_header(memory: mmap.mmap, name: str, identity: Identity, size_bytes: 
         raise StaleSegmentError(f"{SHM}{name} was made before the last boot")
     if (number(Header.image_device), number(Header.image_inode)) != (identity.device, identity.inode):
         raise StaleSegmentError(f"{SHM}{name} was made for another image")
-    if (size := number(Header.image_size)) != size_bytes:
+    if (size := number(Header.image_size)) != size_bytes and size_bytes is not None:
         raise StaleSegmentError(f"{SHM}{name} was made for an image of {size} bytes, the image has {size_bytes}")
     try:
         geometry = Geometry(size, number(Header.cluster_size), number(Header.slot_count), number(Header.worker_count))

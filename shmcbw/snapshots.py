@@ -60,6 +60,11 @@ def break_snapshot(segment: Segment, index: int, serial: int, number: int, clust
     segment.wake_coordinator()
 
 
+def target_path(segment: Segment, index: int) -> str:
+    """Where the snapshot's data goes."""
+    return segment.text(segment.geometry.snapshot(index, Snapshot.target_path), Snapshot.target_path)
+
+
 def wake_all(segment: Segment) -> None:
     """Have every sleeping writer look again."""
     geometry = segment.geometry

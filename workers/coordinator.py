@@ -33,7 +33,7 @@ from shmcbw.errors import (
 )
 from shmcbw.filter import in_use
 from shmcbw.image import Identity, ImageFile
-from shmcbw.layout import SNAPSHOT_COUNT, WORKER_COUNT_MIN, Geometry, Header, Slot, Snapshot, Worker
+from shmcbw.layout import SNAPSHOT_COUNT, WORKER_COUNT_MIN, Geometry, Header, Slot, Snapshot
 from shmcbw.segment import (
     COORDINATOR,
     Access,
@@ -45,13 +45,14 @@ from shmcbw.segment import (
     unlink_all,
 )
 from shmcbw.slots import reap_slot
-from shmcbw.snapshots import SnapshotReader, broken_error, state_of, wake_all
+from shmcbw.snapshots import SnapshotReader, broken_error, state_of, target_path, wake_all
+from shmcbw.status import describe_segment
 
 from . import jobs
 from .cut import Cut, take_cut
 from .jobs import Job, Progress
 from .pool import Pool, absolute
-from .targets import TargetFile, read_path, write_path
+from .targets import TargetFile
 
 log = logging.getLogger("shmcbw")
 
@@ -159,6 +160,7 @@ class Coordinator:
         try:
             self._segment.set_header(Header.coordinator_pid, self._pid)
             self._segment.set_header(Header.started_ns, time.time_ns())
+            self._segment.set_text(Header.image_path.offset, Header.image_path, os.path.abspath(self.path))
             self._pool = Pool(
                 self._segment, absolute(self.path), min(workers, self._segment.geometry.worker_count // 2)
             )
@@ -209,9 +211,9 @@ class Coordinator:
             segment.snapshot(index, Snapshot.target_device), segment.snapshot(index, Snapshot.target_inode)
         )
         try:
-            target = TargetFile.adopt(read_path(segment, index), identity)
+            target = TargetFile.adopt(target_path(segment, index), identity)
             if target is None:
-                log.error("the target %s of an unfinished snapshot is gone: dropped", read_path(segment, index))
+                log.error("the target %s of an unfinished snapshot is gone: dropped", target_path(segment, index))
                 return None
             bitmap = Bitmap.attach(segment, serial)
         except (OSError, ShmcbwError) as error:
@@ -351,7 +353,9 @@ class Coordinator:
             }
             for word, value in fields.items():
                 segment.set_snapshot(index, word, value)
-            write_path(segment, index, file.working_path)
+            segment.set_text(
+                segment.geometry.snapshot(index, Snapshot.target_path), Snapshot.target_path, file.working_path
+            )
             segment.set_snapshot(index, Snapshot.state, states.state_word(states.PREPARING, 0))
             refusal = self._pool.wait_ready(index, serial, READY_TIMEOUT_S)
             if refusal:
@@ -534,7 +538,7 @@ class Coordinator:
         """Plain data: image, epoch, slots, workers, snapshots, jobs, counters."""
         with self._lock:
             self._check_open()
-            status = segment_status(self._segment, self.path)
+            status = describe_segment(self._segment, self.path)
             status["jobs"] = [_job_status(job) for job in self._jobs.values()]
         return status
 
@@ -637,88 +641,6 @@ def _own_segment(
                 f"{found.slot_count} slots: adopt it with these, or end them first"
             )
     raise CoordinatorRunningError(errno.EBUSY, f"{image.path}: other coordinators keep coming and going")
-
-
-def segment_status(segment: Segment, path: str) -> dict[str, Any]:
-    """What a control segment tells, without its coordinator's help."""
-    geometry = segment.geometry
-    return {
-        "image": {
-            "path": path,
-            "size_bytes": geometry.image_size,
-            "cluster_size_bytes": geometry.cluster_size,
-            "clusters": geometry.clusters,
-        },
-        "coordinator_pid": segment.header(Header.coordinator_pid),
-        "epoch": epoch(segment),
-        "slots": [_slot_status(segment, i) for i in range(geometry.slot_count) if segment.slot(i, Slot.pid)],
-        "workers": [
-            _worker_status(segment, i) for i in range(1, geometry.worker_count + 1) if segment.worker(i, Worker.pid)
-        ],
-        "snapshots": [
-            _snapshot_status(segment, i) for i in range(SNAPSHOT_COUNT) if state_of(segment, i) != states.FREE
-        ],
-        "counters": {
-            name: segment.header(getattr(Header, name))
-            for name in ("cuts", "cuts_abandoned", "workers_replaced", "slots_reaped")
-        },
-    }
-
-
-def _slot_status(segment: Segment, index: int) -> dict[str, Any]:
-    names = ("pid", "thread_id", "in_flight", "writes", "write_bytes", "first_touches")
-    names += ("wait_count", "wait_total_ns", "wait_max_ns", "gate_count")
-    waiting = segment.slot(index, Slot.want_sequence) % 2 == 1
-    return {
-        "slot": index,
-        **{name: segment.slot(index, getattr(Slot, name)) for name in names},
-        "wanted_clusters": [segment.slot(index, Slot.want_first), segment.slot(index, Slot.want_end)]
-        if waiting
-        else None,
-    }
-
-
-def _worker_status(segment: Segment, worker_id: int) -> dict[str, Any]:
-    names = ("pid", "wanted_chunks", "ahead_chunks", "background_chunks", "errors", "sleeps")
-    state = segment.worker(worker_id, Worker.state)
-    return {
-        "id": worker_id,
-        "state": ("away", "busy", "looking", "asleep")[state] if state < 4 else f"unknown ({state})",
-        **{name: segment.worker(worker_id, getattr(Worker, name)) for name in names},
-    }
-
-
-def _snapshot_status(segment: Segment, index: int) -> dict[str, Any]:
-    error = broken_error(segment, index)
-    state = state_of(segment, index)
-    policy = segment.snapshot(index, Snapshot.policy)
-    status: dict[str, Any] = {
-        "snapshot": index,
-        "serial": segment.snapshot(index, Snapshot.serial),
-        "state": states.NAMES.get(state, f"unknown ({state})"),
-        "on_cbw_error": next((name for name, value in states.POLICIES.items() if value == policy), "unknown"),
-        "cbw_timeout_s": segment.snapshot(index, Snapshot.timeout_ns) / 1e9,
-        "speed": segment.snapshot(index, Snapshot.speed),
-        "cut_time_ns": segment.snapshot(index, Snapshot.cut_time_ns),
-        "drained_ns": segment.snapshot(index, Snapshot.drained_ns),
-        "target": read_path(segment, index),
-        "broken": None,
-        "clusters": None,
-    }
-    if error is not None:
-        status["broken"] = {
-            "errno": error.errno,
-            "error": os.strerror(error.errno or errno.EIO),
-            "cluster": error.cluster,
-            "time_ns": error.time_ns,
-        }
-    try:
-        bitmap = Bitmap.attach(segment, status["serial"])
-    except OSError:
-        return status
-    status["clusters"] = bitmap.counts()._asdict()
-    bitmap.close()
-    return status
 
 
 def _job_status(job: Job) -> dict[str, Any]:

@@ -27,9 +27,9 @@ from shmcbw.filter import leave_last
 from shmcbw.image import Identity
 from shmcbw.layout import SNAPSHOT_COUNT, Header, Snapshot, Worker, words
 from shmcbw.segment import COORDINATOR, Segment, attach, start_ticks, worker_byte
+from shmcbw.snapshots import target_path
 
 from .copying import Copied, Source, copy_run
-from .targets import read_path
 
 AWAY, BUSY, LOOKING, ASLEEP = range(4)
 
@@ -103,7 +103,7 @@ class CopyWorker:
 
     def _look(self, limit: int) -> tuple[int, int, int, int, int, int] | None:
         """Spin for a bounded time; the bound follows whether spinning has been paying off."""
-        if not self.may_spin or self.spin_ns == 0:
+        if not self.may_spin or self.spin_ns == 0 or self._somebody_looks():
             return None
         wanted = self.copier.claim_wanted(limit, self.spin_ns)
         if wanted is not None:
@@ -111,6 +111,11 @@ class CopyWorker:
         else:
             self.spin_ns = self.spin_ns // 2 if self.spin_ns > SPIN_MIN_NS else 0
         return wanted
+
+    def _somebody_looks(self) -> bool:
+        """One worker that spins is enough; more of them would take CPUs from writers."""
+        ids = range(1, self.segment.geometry.worker_count + 1)
+        return any(i != self.worker_id and self.segment.worker(i, Worker.state) == LOOKING for i in ids)
 
     def _sleep(self, limit: int, wait_ns: int) -> tuple[int, int, int, int, int, int] | None:
         """Say ASLEEP, look once more, sleep.  A writer publishes its want, then loads our state: one sees the other."""
@@ -165,7 +170,7 @@ class CopyWorker:
         number = 0
         try:
             # Opened once and kept: a write error that the kernel notices late is reported to this descriptor.
-            fd = os.open(read_path(self.segment, index), os.O_RDWR | os.O_CLOEXEC)
+            fd = os.open(target_path(self.segment, index), os.O_RDWR | os.O_CLOEXEC)
             try:
                 found = Identity.of(os.fstat(fd))
                 expected = Identity(
@@ -212,11 +217,11 @@ class CopyWorker:
         self._copy_ahead(target, first, end)
 
     def _copy_ahead(self, target: Target, first: int, end: int) -> None:
-        """Behind a run of clusters that were copied for writers, copy as many again: the next ones will be wanted."""
+        """Where clusters before the wanted ones were copied for writers too, copy as many behind them: a sequential
+        writer will want those next.  The bytes themselves are the memory of it, whichever worker served."""
         limit = max(1, AHEAD_MAX_BYTES // self.cluster_size)
-        run = end - first
-        while run < limit and first > 0 and target.bitmap.state(first - 1) == COPIED_FOR_WRITER:
-            first -= 1
+        run = 0
+        while run < min(limit, first) and target.bitmap.state(first - 1 - run) == COPIED_FOR_WRITER:
             run += 1
         if run < 2 or end >= self.clusters:
             return

@@ -15,8 +15,7 @@ import stat
 
 from shmcbw.errors import TargetRefusedError
 from shmcbw.image import Identity, ImageFile
-from shmcbw.layout import PATH_SIZE, Snapshot
-from shmcbw.segment import Segment
+from shmcbw.layout import PATH_SIZE
 
 PARTIAL_SUFFIX = ".shmcbw-partial"
 
@@ -186,16 +185,3 @@ def _open_existing(working: str, final: str, flags: int) -> int:
         os.close(fd)
         raise TargetRefusedError(errno.EINVAL, f"target {final}: {working} is not a regular file")
     return fd
-
-
-def read_path(segment: Segment, index: int) -> str:
-    """The working path of a snapshot's target, from its table entry."""
-    offset = segment.geometry.snapshot(index, Snapshot.target_path)
-    raw = bytes(segment.memory[offset : offset + PATH_SIZE])
-    return os.fsdecode(raw.partition(b"\0")[0])
-
-
-def write_path(segment: Segment, index: int, path: str) -> None:
-    offset = segment.geometry.snapshot(index, Snapshot.target_path)
-    raw = os.fsencode(path)
-    segment.memory[offset : offset + PATH_SIZE] = raw + bytes(PATH_SIZE - len(raw))

@@ -193,7 +193,48 @@ static PyObject *core_histogram(PyObject *module, PyObject *args)
     return list;
 }
 
+/* find_uncopied(segment, epoch_map, bitmap, clusters, epoch) -> the first cluster that was written after `epoch` while
+ * its byte is below COPIED (I1 does not hold), or None.  The mark is read before the byte: marks come after copies. */
+static PyObject *core_find_uncopied(PyObject *module, PyObject *args)
+{
+    PyObject *segment, *bitmap;
+    unsigned long long offset, clusters;
+    unsigned int epoch;
+    struct cluster_range range;
+    Py_buffer view;
+    (void)module;
+
+    if (!PyArg_ParseTuple(args, "OKOKI:find_uncopied", &segment, &offset, &bitmap, &clusters, &epoch) ||
+        !get_clusters(&range, bitmap, 0, clusters))
+        return NULL;
+    if (!get_mapping(segment, &view, false)) {
+        PyBuffer_Release(&range.view);
+        return NULL;
+    }
+    word32 *map = NULL;
+    if (clusters <= (uint64_t)view.len / 4 && check_range("epoch map", offset, clusters * 4, (uint64_t)view.len))
+        map = word_at(&view, offset, 4);
+    else if (!PyErr_Occurred())
+        PyErr_SetString(PyExc_ValueError, "epoch map: outside the segment");
+    uint64_t cluster = 0;
+    if (map != NULL) {
+        Py_BEGIN_ALLOW_THREADS
+        while (cluster < clusters && (atomic_load_explicit(map + cluster, memory_order_acquire) <= epoch ||
+                                      atomic_load_explicit(range.bytes + cluster, memory_order_acquire) >= COPIED))
+            cluster++;
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&view);
+    PyBuffer_Release(&range.view);
+    if (map == NULL)
+        return NULL;
+    if (cluster == clusters)
+        Py_RETURN_NONE;
+    return PyLong_FromUnsignedLongLong(cluster);
+}
+
 static PyMethodDef cluster_methods[] = {
+    {"find_uncopied", core_find_uncopied, METH_VARARGS, NULL},
     {"claim", core_claim, METH_VARARGS, NULL},
     {"exchange", core_exchange, METH_VARARGS, NULL},
     {"find_pending", core_find_pending, METH_VARARGS, NULL},

@@ -26,14 +26,13 @@
 #include <string.h>
 
 enum reason {
-    REASON_ATTACH = 0,    /* this thread has no slot, or the handle is closed or was forked */
+    REASON_ATTACH = 0,    /* the handle is closed or was forked; `index` 1: and this thread must have a slot */
     REASON_UNMAPPED = 1,  /* snapshot `index` is active and its bitmap is not mapped here */
     REASON_FAILED = 2,    /* the copy that this write waits for failed with errno `value` */
     REASON_LATE = 3,      /* snapshot `index` still lacks `cluster` after its timeout */
     REASON_GATED = 4,     /* the epoch is still the odd `value` after a slice of waiting */
     REASON_FAULT = 5,     /* SIGBUS: value = offset, cluster = length; must raise */
     REASON_RANGE = 6,     /* value = offset, cluster = length; must raise */
-    REASON_READ_ONLY = 7, /* must raise */
 };
 
 enum kind { KIND_DATA, KIND_UNCHANGED, KIND_ZEROES };
@@ -404,12 +403,12 @@ static int try_write(struct filter *self, struct request *request)
     const struct shared *shared = &self->shared;
     struct thread_slot *thread = find_thread(self);
     if (__builtin_expect(thread == NULL || !self->open, 0))
-        return resolve(self, REASON_ATTACH, 0, 0, 0);
-    if (__builtin_expect(!self->writable, 0))
-        return refuse(self, REASON_READ_ONLY, request->offset, request->length);
+        return resolve(self, REASON_ATTACH, 1, 0, 0);
     if (__builtin_expect(request->offset > shared->image_size || request->length > shared->image_size - request->offset,
                          0))
         return refuse(self, REASON_RANGE, request->offset, request->length);
+    if (__builtin_expect(request->length == 0, 0))
+        return 1;
 
     word32 *in_flight = slot_word32(shared, thread->index, shared->in_flight);
     uint64_t first = request->offset >> self->cluster_shift;
@@ -461,10 +460,6 @@ static int try_write(struct filter *self, struct request *request)
 static PyObject *run_write(struct filter *self, struct request *request)
 {
     int done = 0;
-    if (!self->initialised)
-        return PyErr_Format(PyExc_ValueError, "the filter was not initialised");
-    if (request->length == 0 && self->open)
-        return PyLong_FromLong(0);
     self->busy++;
     while (done == 0)
         done = try_write(self, request);

@@ -1,0 +1,337 @@
+"""The command line: ``shmcbw``, also ``python -m shmcbw``.
+
+Exit statuses: 0 done and right; 1 an error; 2 wrong usage; 3 no coordinator, another one, or its shared memory can't
+be used; 4 the target was refused, nothing changed; 5 the snapshot broke or a copy failed; 6 cancelled; 7 no cut could
+be taken; 130 interrupted.  The top layer: it imports what runs (`shmcbw.workers`) only in the command that needs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from .clusters import check_cluster_size
+from .errors import JobCancelledError, ShmcbwError
+from .sizes import format_ns, format_size, parse_size
+
+if TYPE_CHECKING:
+    from .workers import Job
+
+EPILOG = """\
+exit status: 0 done and right, 1 error, 2 usage, 3 coordinator or its shared memory, 4 target refused,
+5 snapshot broken or copy failed, 6 cancelled, 7 no cut taken, 130 interrupted
+"""
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _cluster_size(text: str) -> int:
+    try:
+        return check_cluster_size(_size(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1e9:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+    return value
+
+
+def parser() -> argparse.ArgumentParser:
+    """The argument parser of all commands."""
+    top = argparse.ArgumentParser(
+        prog="shmcbw",
+        description="Point-in-time backup of a disk image while many processes keep writing to it.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=_version())
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="writers hammer an image, a backup runs, both are checked")
+    demo.add_argument("--size", type=_size, default=parse_size("256M"), help="size of the image (default 256M)")
+    demo.add_argument("--writers", type=_count, default=4, help="writer processes (default 4)")
+    demo.add_argument("--workers", type=_count, default=2, help="copy workers (default 2)")
+    demo.add_argument("--seconds", type=_seconds, default=5.0, help="how long they write (default 5)")
+    demo.add_argument("--keep", metavar="DIR", help="work in DIR and leave image, backup and logs there")
+    demo.add_argument("--json", action="store_true", help="print one JSON object")
+    demo.set_defaults(run=_demo)
+
+    backup = commands.add_parser(
+        "backup",
+        help="back up an image; be its coordinator as long as that takes",
+        description="Take a point-in-time backup of IMAGE.  Writers (shmcbw.open) may attach while it runs.",
+    )
+    backup.add_argument("image", metavar="IMAGE")
+    backup.add_argument("target", metavar="TARGET")
+    backup.add_argument(
+        "--sync", choices=("full", "top"), default="full", help="all of it, or only what is allocated (default full)"
+    )
+    backup.add_argument("--speed", type=_size, default=0, metavar="RATE", help="bytes a second, 0: no limit (default)")
+    backup.add_argument("--workers", type=_count, default=2, help="copy workers (default 2)")
+    backup.add_argument("--cluster-size", type=_cluster_size, metavar="SIZE", help="4K to 2M (default 64K)")
+    backup.add_argument("--slots", type=_count, metavar="N", help="writing threads at once (default 64)")
+    backup.add_argument(
+        "--on-cbw-error",
+        choices=("break-snapshot", "break-guest-write"),
+        default="break-snapshot",
+        help="what gives way when old content can't be copied (default break-snapshot)",
+    )
+    backup.add_argument(
+        "--cbw-timeout", type=_seconds, default=30.0, metavar="S", help="longest wait of a write, 0: none (default 30)"
+    )
+    backup.add_argument("--overwrite", action="store_true", help="replace an existing TARGET of the same size")
+    backup.add_argument("--progress", choices=("auto", "never"), default="auto", help="progress bar (default auto)")
+    backup.add_argument("--json", action="store_true", help="print one JSON object")
+    backup.set_defaults(run=_backup)
+
+    status = commands.add_parser("status", help="what is going on, for one image or all")
+    status.add_argument("image", metavar="IMAGE", nargs="?")
+    status.add_argument("--json", action="store_true", help="print one JSON object")
+    status.set_defaults(run=_status)
+
+    check = commands.add_parser("check", help="check the invariants on the live segment of an image")
+    check.add_argument("image", metavar="IMAGE")
+    check.add_argument("--json", action="store_true", help="print one JSON object")
+    check.set_defaults(run=_check)
+
+    doctor = commands.add_parser("doctor", help="what this machine has of what shmcbw needs")
+    doctor.add_argument("--json", action="store_true", help="print one JSON object")
+    doctor.set_defaults(run=_doctor)
+    return top
+
+
+def _version() -> str:
+    from . import __version__
+
+    return f"shmcbw {__version__}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; its exit status."""
+    options = parser().parse_args(arguments)
+    try:
+        status: int = options.run(options)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("shmcbw: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has gone; there is nobody to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except ShmcbwError as error:
+        _report(options, error)
+        return error.exit_status
+    except (OSError, ValueError) as error:
+        _report(options, error)
+        return 1
+    return status
+
+
+def _report(options: argparse.Namespace, error: Exception) -> None:
+    message = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if getattr(options, "json", False):
+        number = error.errno if isinstance(error, OSError) else None
+        print(json.dumps({"error": {"type": type(error).__name__, "message": message, "errno": number}}))
+    print(f"shmcbw {options.command}: {message}", file=sys.stderr)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from .workers.demo import run_demo
+
+    return run_demo(
+        options.size, options.writers, options.workers, options.seconds, options.keep, options.json, sys.stdout
+    )
+
+
+# -- backup ------------------------------------------------------------------------------------------------------------
+
+
+def _backup(options: argparse.Namespace) -> int:
+    from .workers import Coordinator
+
+    # SIGTERM ends it as Ctrl-C does: cancelled, nothing left over.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    with Coordinator(
+        options.image, workers=options.workers, cluster_size=options.cluster_size, slots=options.slots
+    ) as coordinator:
+        for adopted in coordinator.jobs:
+            print(f"shmcbw backup: an unfinished backup to {adopted.target} goes on", file=sys.stderr)
+        job = _adopted_or_new(coordinator.jobs, options, coordinator)
+        try:
+            _follow(job, options)
+            for other in coordinator.jobs:
+                other.wait()
+        except KeyboardInterrupt:
+            job.cancel()
+            if isinstance(job.error, JobCancelledError):
+                raise job.error from None
+            raise
+        status = coordinator.status()
+    described = next(each for each in status["jobs"] if each["id"] == job.id)
+    if options.json:
+        print(json.dumps(described))
+        return 0
+    progress = job.progress()
+    print(
+        f"{job.target}: {format_size(progress.total_bytes)}, right as of the cut; writes were held for "
+        f"{format_ns(job.drained_ns)}\n"
+        f"copied in background {format_size(progress.copied_in_background_bytes)}, "
+        f"for writers {format_size(progress.copied_for_writers_bytes)}, zero {format_size(progress.zero_bytes)}, "
+        f"left out {format_size(progress.skipped_bytes)}"
+    )
+    return 0
+
+
+def _adopted_or_new(adopted: Sequence[Job], options: argparse.Namespace, coordinator: Any) -> Job:
+    """The same command after a kill goes on with the job that it had started."""
+    target = os.path.realpath(options.target)
+    for unfinished in adopted:
+        if unfinished.target == target:
+            return unfinished
+    job: Job = coordinator.backup(
+        options.target,
+        sync=options.sync,
+        speed=options.speed,
+        on_cbw_error=options.on_cbw_error,
+        cbw_timeout=options.cbw_timeout,
+        overwrite=options.overwrite,
+    )
+    return job
+
+
+def _follow(job: Job, options: argparse.Namespace) -> None:
+    """Wait for the job; on a terminal with a progress bar."""
+    if options.progress == "never" or options.json or not sys.stderr.isatty():
+        job.wait()
+        return
+    from .workers.progress import follow
+
+    follow(job)
+
+
+# -- status, check -----------------------------------------------------------------------------------------------------
+
+
+def _attach(path: str) -> Any:
+    from .image import ImageFile
+    from .segment import attach
+
+    image = ImageFile.open(path, writable=False)
+    try:
+        return attach(image.identity, image.size_bytes, os.fstat(image.fd).st_uid)
+    except ShmcbwError as error:
+        if isinstance(error, OSError) and path not in str(error.strerror):
+            raise type(error)(error.errno, f"{path}: {error.strerror}") from None
+        raise
+    finally:
+        image.close()
+
+
+def _status(options: argparse.Namespace) -> int:
+    from .status import describe_all, describe_segment
+
+    if options.image:
+        segment = _attach(options.image)
+        try:
+            found = describe_segment(segment, options.image)
+        finally:
+            segment.close()
+        print(json.dumps(found) if options.json else _status_text(found))
+        return 0
+    everything = describe_all()
+    if options.json:
+        print(json.dumps({"images": everything}))
+    else:
+        print("\n\n".join(map(_status_text, everything)) or "no image is served")
+    return 0
+
+
+def _status_text(status: dict[str, Any]) -> str:
+    if "error" in status:
+        return f"{status['segment']}: {status['error']}"
+    image = status["image"]
+    owner = f"coordinator pid {status['coordinator_pid']}" if status["coordinator_alive"] else "NO COORDINATOR"
+    lines = [
+        f"{image['path'] or status['segment']}: {format_size(image['size_bytes'])}, clusters of "
+        f"{format_size(image['cluster_size_bytes'])}, epoch {status['epoch']}, {owner}"
+    ]
+    for slot in status["slots"]:
+        lines.append(
+            f"  writer {slot['program'] or '?'} pid {slot['pid']} (slot {slot['slot']}): {slot['writes']} writes, "
+            f"{slot['wait_count']} waited, longest {format_ns(slot['wait_max_ns'])}"
+            + (", waiting now" if slot["wanted_clusters"] else "")
+        )
+    for worker in status["workers"]:
+        lines.append(
+            f"  worker {worker['id']} pid {worker['pid']}: {worker['state']}, {worker['wanted_chunks']} copies for "
+            f"writers, {worker['background_chunks']} in background, {worker['errors']} failed"
+        )
+    for snapshot in status["snapshots"]:
+        lines.append(f"  snapshot {snapshot['snapshot']}: {snapshot['state']}, to {snapshot['target']}")
+        counts = snapshot["clusters"]
+        if counts:
+            done = sum(counts.values()) - counts["pending"] - counts["copying"]
+            lines.append(f"    {done} of {sum(counts.values())} clusters need no more copying")
+        if snapshot["broken"]:
+            broken = snapshot["broken"]
+            lines.append(f"    BROKEN: {broken['error']} at cluster {broken['cluster']}; its job fails, take a new one")
+    return "\n".join(lines)
+
+
+def _check(options: argparse.Namespace) -> int:
+    from .invariants import check
+
+    segment = _attach(options.image)
+    try:
+        violations = check(segment)
+    finally:
+        segment.close()
+    if options.json:
+        found = [{"invariant": violation.invariant, "found": violation.found} for violation in violations]
+        print(json.dumps({"image": options.image, "violations": found}))
+    for violation in violations if not options.json else []:
+        print(f"{violation.invariant}: {violation.found}")
+    if not violations and not options.json:
+        print(f"{options.image}: I1 to I6 and I8 hold")
+    return 1 if violations else 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from .doctor import examine
+
+    findings = examine()
+    if options.json:
+        print(json.dumps({"checks": [finding.as_dict() for finding in findings]}))
+    else:
+        for finding in findings:
+            print(f"{'ok  ' if finding.good else 'BAD ' if finding.needed else 'none'} {finding.name}: {finding.found}")
+    return 0 if all(finding.good or not finding.needed for finding in findings) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""Fixtures that every test gets: nothing may be left behind, also by a test that failed."""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from shmcbw.errors import ShmcbwError
+from shmcbw.image import Identity
+from shmcbw.layout import Header
+from shmcbw.segment import COORDINATOR, attach
+
+SHM = Path("/dev/shm")
+
+
+def _names() -> set[str]:
+    return {name for name in os.listdir(SHM) if "shmcbw" in name}
+
+
+def _of_others(name: str) -> bool:
+    """Whether a living process outside this test run owns the segment (other tests may run on this machine)."""
+    control = name.removeprefix("sem.").partition(".")[0]
+    try:
+        device, inode = (int(part, 16) for part in control.split("-")[1:])
+        segment = attach(Identity(device, inode), None, os.geteuid())
+    except (OSError, ValueError, ShmcbwError):
+        return False
+    try:
+        ours = {os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))}
+        owner = segment.header(Header.coordinator_pid)
+        return segment.locked(COORDINATOR) and owner not in ours
+    finally:
+        segment.close()
+
+
+def _children() -> set[int]:
+    return {child.pid for child in psutil.Process().children(recursive=True) if not _is_helper(child)}
+
+
+def _is_helper(process: psutil.Process) -> bool:
+    """multiprocessing's own resource tracker lives as long as the test run."""
+    try:
+        return "resource_tracker" in " ".join(process.cmdline())
+    except psutil.Error:
+        return True
+
+
+def _new(names: set[str]) -> set[str]:
+    return {name for name in _names() - names if not _of_others(name)}
+
+
+@pytest.fixture(autouse=True)
+def _leaves_nothing_behind() -> Iterator[None]:
+    """Fail a test after which a segment, a semaphore or a process of ours is left; remove it for the next one."""
+    names, children = _names(), _children()
+    yield
+    gc.collect()
+    deadline = time.monotonic() + 10
+    while (_new(names) or _children() - children) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    left_names = _new(names)
+    left_children = _children() - children
+    for pid in left_children:
+        try:
+            psutil.Process(pid).kill()
+        except psutil.Error:
+            pass
+    for name in left_names:
+        (SHM / name).unlink(missing_ok=True)
+    assert not left_names, f"left in {SHM}: {sorted(left_names)}"
+    assert not left_children, f"left running: {sorted(left_children)}"
+
+
+@pytest.fixture
+def make_image(tmp_path: Path) -> Callable[..., Path]:
+    """make_image(size_bytes, name="disk.img") -> path of an image of random bytes (reproducible)."""
+
+    def make(size_bytes: int, name: str = "disk.img") -> Path:
+        path = tmp_path / name
+        block = os.urandom(1 << 16)
+        with path.open("wb") as file:
+            for offset in range(0, size_bytes, len(block)):
+                stamp = offset.to_bytes(8, "little")
+                file.write((stamp + block[8:])[: size_bytes - offset])
+        return path
+
+    return make
+
+
+def wait_for(condition: Callable[[], object], what: str, timeout: float = 10.0) -> None:
+    """Wait for a condition with a deadline; the assertion names what did not come."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, f"{what}: not within {timeout} s"
+        time.sleep(0.002)

@@ -1,0 +1,85 @@
+"""Writer processes for tests: plain functions that a spawned process can find by name."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.context import SpawnProcess
+from typing import Any
+
+import shmcbw
+
+CONTEXT = multiprocessing.get_context("spawn")
+
+
+@contextmanager
+def running(target: Callable[..., None], *arguments: Any) -> Iterator[SpawnProcess]:
+    """A spawned process that is gone afterwards, whatever happened."""
+    process = CONTEXT.Process(target=target, args=arguments)
+    process.start()
+    try:
+        yield process
+    finally:
+        if process.is_alive() and process.pid is not None:
+            os.kill(process.pid, signal.SIGCONT)
+            process.kill()
+        process.join()
+        process.close()
+
+
+def write_forever(path: str, seed: int, block: int = 4096) -> None:
+    """Write blocks at pseudo-random places until killed; ends when its parent does."""
+    parent = os.getppid()
+    with shmcbw.open(path) as disk:
+        blocks = disk.size_bytes // block
+        state = seed * 2654435761 % 2**32
+        count = 0
+        while os.getppid() == parent:
+            state = (state * 1103515245 + 12345) % 2**31
+            count += 1
+            disk.pwrite(count.to_bytes(8, "little") * (block // 8), state % blocks * block)
+
+
+def write_pairs_forever(path: str, first: int, second: int) -> None:
+    """Write 1, 2, 3, … first at `first`, then at `second`: an instant never shows the second ahead of the first."""
+    parent = os.getppid()
+    with shmcbw.open(path) as disk:
+        count = 0
+        while os.getppid() == parent:
+            count += 1
+            disk.pwrite(count.to_bytes(8, "little"), first)
+            disk.pwrite(count.to_bytes(8, "little"), second)
+
+
+def write_once(path: str, data: bytes, offset: int) -> None:
+    with shmcbw.open(path) as disk:
+        disk.pwrite(data, offset)
+
+
+def open_and_exit(path: str) -> None:
+    shmcbw.open(path).close()
+
+
+def stop_all(pids: list[int]) -> None:
+    """SIGSTOP, and wait until they are stopped."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    for pid in pids:
+        deadline = time.monotonic() + 5
+        while _state(pid) not in "TtZX":
+            assert time.monotonic() < deadline, f"pid {pid} does not stop"
+            time.sleep(0.001)
+
+
+def continue_all(pids: list[int]) -> None:
+    for pid in pids:
+        os.kill(pid, signal.SIGCONT)
+
+
+def _state(pid: int) -> str:
+    with open(f"/proc/{pid}/stat") as file:
+        return file.read().rpartition(")")[2].split()[0]
