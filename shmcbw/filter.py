@@ -229,7 +229,6 @@ class Disk(_core.Filter):
         self._release(True)
         self._forget_bitmaps()
         if self._segment is not None:
-            # Closing our copy of the descriptor leaves the parent's locks alone; keeping it would keep them alive.
             self._segment.close()
             self._segment = None
 

@@ -29,6 +29,7 @@ import stat
 import struct
 import time
 import uuid
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +38,7 @@ import posix_ipc
 from . import _core
 from .errors import ForeignSegmentError, LayoutVersionError, NoCoordinatorError, ShmcbwError
 from .image import Identity
-from .layout import MAGIC, VERSION, Geometry, Header, Word
+from .layout import MAGIC, VERSION, WORKER_ID_MAX, Geometry, Header, Word
 
 SHM = Path("/dev/shm")
 COORDINATOR = 0
@@ -145,6 +146,14 @@ def _flock(kind: int, byte: int) -> bytes:
     return struct.pack("hhqqi4x", kind, os.SEEK_SET, byte, 1, 0)
 
 
+def _locked(fd: int, byte: int) -> bool:
+    answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, byte))
+    return int(struct.unpack("hhqqi4x", answer)[0]) != fcntl.F_UNLCK
+
+
+_segments: weakref.WeakSet[Segment] = weakref.WeakSet()
+
+
 class Segment:
     """An attached control segment: words, locks and semaphores of one image.
 
@@ -158,6 +167,7 @@ class Segment:
         self.geometry = geometry
         self.identity = identity
         self._semaphores: dict[str, _core.Semaphore] = {}
+        _segments.add(self)
 
     # -- words -----------------------------------------------------------------------------------------------------
 
@@ -229,8 +239,7 @@ class Segment:
 
     def locked(self, byte: int) -> bool:
         """Whether another handle holds an ownership byte (our own locks do not count)."""
-        answer = fcntl.fcntl(self.fd, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, byte))
-        return int(struct.unpack("hhqqi4x", answer)[0]) != fcntl.F_UNLCK
+        return _locked(self.fd, byte)
 
     def linked(self) -> bool:
         """Whether the name still leads to this segment."""
@@ -285,6 +294,20 @@ class Segment:
         return f"<Segment {self.name} of {self.geometry.image_size} bytes>"
 
 
+def _close_in_child() -> None:
+    """A forked child shares the open file that holds its parent's locks: it must not keep them when the parent dies.
+
+    Closing the child's copy of the descriptor leaves the parent's locks alone.
+    """
+    for segment in list(_segments):
+        if segment.fd >= 0:
+            os.close(segment.fd)
+            segment.fd = -1
+
+
+os.register_at_fork(after_in_child=_close_in_child)
+
+
 def create(identity: Identity, geometry: Geometry, access: Access) -> Segment:
     """Create a control segment and own it: the coordinator's lock is held when it becomes visible as finished.
 
@@ -292,7 +315,7 @@ def create(identity: Identity, geometry: Geometry, access: Access) -> Segment:
     """
     name = segment_name(identity)
     fd = create_shared_memory(name, geometry.segment_size, access)
-    segment = Segment(name, fd, mmap.mmap(fd, geometry.segment_size), geometry, identity)
+    segment = Segment(name, _lock_descriptor(fd), _map(fd, geometry.segment_size), geometry, identity)
     try:
         if not segment.try_lock(COORDINATOR) or not segment.linked():
             raise FileExistsError(errno.EEXIST, "another coordinator was faster", name)
@@ -319,6 +342,19 @@ def create(identity: Identity, geometry: Geometry, access: Access) -> Segment:
         segment.close()
         raise
     return segment
+
+
+def _map(fd: int, size_bytes: int) -> mmap.mmap:
+    try:
+        return mmap.mmap(fd, size_bytes)
+    finally:
+        os.close(fd)
+
+
+def _lock_descriptor(fd: int) -> int:
+    """The same file, opened again: mmap.mmap() keeps a duplicate of its descriptor, and with it locks would outlive
+    `Segment.close` and live on in forked children.  So locks have an open file of their own."""
+    return os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
 
 
 def _create_semaphore(name: str, access: Access) -> None:
@@ -355,13 +391,13 @@ def attach(identity: Identity, size_bytes: int | None, image_uid: int) -> Segmen
             raise NoCoordinatorError(errno.EAGAIN, f"{SHM}{name} is not finished: its coordinator is starting, or died")
         memory = mmap.mmap(fd, status.st_size)
         geometry = _check_header(memory, name, identity, size_bytes, status.st_size)
-        segment = Segment(name, fd, memory, geometry, identity)
+        return Segment(name, _lock_descriptor(fd), memory, geometry, identity)
     except BaseException:
         if memory is not None:
             memory.close()
-        os.close(fd)
         raise
-    return segment
+    finally:
+        os.close(fd)
 
 
 def _check_header(
@@ -417,10 +453,11 @@ def unlink_all(identity: Identity) -> None:
     unlink_shared_memory(name)
 
 
-def discard_unused(identity: Identity, image_uid: int) -> None:
+def discard_unused(identity: Identity, image_uid: int, wait_s: float = 7.0) -> None:
     """Discard a segment that can't be attached (unfinished, of another boot, size or version), if nobody holds it.
 
-    ShmcbwError if any of its locks is held: lock bytes mean the same in all versions.
+    Orphaned workers are told to leave first, and dying processes get ``wait_s`` seconds to end.  ShmcbwError if any
+    of its locks is still held then: lock bytes mean the same in all versions.
     """
     name = segment_name(identity)
     try:
@@ -428,19 +465,45 @@ def discard_unused(identity: Identity, image_uid: int) -> None:
     except FileNotFoundError:
         return
     try:
-        mine = os.fstat(fd)
-        check_owner(mine, image_uid, name)
-        everything = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-        try:
-            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, everything)
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise
-            raise ShmcbwError(f"{SHM}{name} can't be used, but live processes hold it: end them first") from None
-        found = os.stat(f"{SHM}{name}")
+        check_owner(os.fstat(fd), image_uid, name)
+        _send_workers_away(fd, name)
+        deadline = time.monotonic() + wait_s
+        while not _try_lock_all(fd):
+            if time.monotonic() > deadline or _locked(fd, COORDINATOR):
+                raise ShmcbwError(f"{SHM}{name} can't be used, but live processes hold it: end them first")
+            time.sleep(0.02)
+        mine, found = os.fstat(fd), os.stat(f"{SHM}{name}")
         if (found.st_dev, found.st_ino) == (mine.st_dev, mine.st_ino):
             unlink_all(identity)
     except FileNotFoundError:
         pass
     finally:
         os.close(fd)
+
+
+def _try_lock_all(fd: int) -> bool:
+    """Take every lock byte at once; False if anybody holds one."""
+    try:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+        raise
+    return True
+
+
+def _send_workers_away(fd: int, name: str) -> None:
+    """Raise the pool's generation of a segment of our layout whose coordinator is dead."""
+    if os.fstat(fd).st_size < Header.SIZE:
+        return
+    with mmap.mmap(fd, Header.SIZE) as header:
+        ours = _core.load_u64(header, 0) == MAGIC and _core.load_u32(header, Header.version.offset) == VERSION
+        if not ours or _locked(fd, COORDINATOR):
+            return
+        _core.add_u32(header, Header.pool_generation.offset, 1)
+    try:
+        pool = _core.Semaphore(f"{name}.pool")
+        for _ in range(WORKER_ID_MAX):
+            pool.post()
+    except OSError:
+        pass

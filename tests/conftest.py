@@ -62,10 +62,11 @@ def _leaves_nothing_behind() -> Iterator[None]:
     yield
     gc.collect()
     deadline = time.monotonic() + 10
-    while (_new(names) or _children() - children) and time.monotonic() < deadline:
+    left_names, left_children = _new(names), _children() - children
+    while (left_names or left_children) and time.monotonic() < deadline:
         time.sleep(0.02)
-    left_names = _new(names)
-    left_children = _children() - children
+        # What was there all the time: names of other test runs on this machine come and go.
+        left_names, left_children = left_names & _new(names), left_children & _children()
     for pid in left_children:
         try:
             psutil.Process(pid).kill()

@@ -420,12 +420,13 @@ class Coordinator:
         return Progress(current, geometry.image_size, writers, background, zero, skipped)
 
     def set_speed(self, entry: Entry, speed: int) -> None:
-        """Change a running job's rate limit; what was spent under the old one is forgotten."""
+        """Change a job's rate limit; what was spent under the old one is forgotten.  Nothing happens to one that copies
+        no more: it may have finished at this moment."""
         if speed < 0:
             raise ValueError("Parameter 'speed' expects a non-negative value")
         with self._lock:
             if self._entries.get(entry.index) is not entry:
-                raise ClosedError("the job is concluded")
+                return
             self._segment.set_snapshot(entry.index, Snapshot.budget_ns, time.monotonic_ns())
             self._segment.set_snapshot(entry.index, Snapshot.speed, speed)
             self._pool.wake()
@@ -582,6 +583,7 @@ class Coordinator:
         else:
             unlink_all(segment.identity)
         segment.set_header(Header.coordinator_pid, 0)
+        segment.unlock(COORDINATOR)
         segment.close()
 
     def __enter__(self) -> Coordinator:

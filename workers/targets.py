@@ -12,12 +12,16 @@ import errno
 import fcntl
 import os
 import stat
+import weakref
 
 from shmcbw.errors import TargetRefusedError
 from shmcbw.image import Identity, ImageFile
 from shmcbw.layout import PATH_SIZE
 
 PARTIAL_SUFFIX = ".shmcbw-partial"
+
+
+_files: weakref.WeakSet[TargetFile] = weakref.WeakSet()
 
 
 class TargetFile:
@@ -32,6 +36,7 @@ class TargetFile:
         self.fd = fd
         self.identity = identity
         self._overwrite = overwrite
+        _files.add(self)
 
     @classmethod
     def create(
@@ -109,6 +114,15 @@ class TargetFile:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+
+def _close_in_child() -> None:
+    """A forked child must not keep its parent's lock on a target."""
+    for file in list(_files):
+        file.close()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
 
 
 def _check_existing(path: str, image: ImageFile, overwrite: bool) -> int | None:

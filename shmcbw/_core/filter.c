@@ -270,7 +270,6 @@ static int await_copies(struct filter *self, struct thread_slot *thread, struct 
     publish_want(shared, slot, first, end, &sequence);
     ring(self, false);
     for (;;) {
-        int slept = 0;
         uint64_t budget_ns = spin_budget(self, thread), started_ns = now_ns();
         Py_BEGIN_ALLOW_THREADS
         waited = look_at_want(self, bitmaps, slot, sequence, first, end, &error, &index, &cluster);
@@ -298,7 +297,7 @@ static int await_copies(struct filter *self, struct thread_slot *thread, struct 
                 waited = look_at_want(self, bitmaps, slot, sequence, first, end, &error, &index, &cluster);
                 if (waited == WAITED_BLOCKED) {
                     ring(self, true);
-                    slept = semaphore_sleep(thread->semaphore, slice_ns);
+                    semaphore_sleep(thread->semaphore, slice_ns);
                     waited = look_at_want(self, bitmaps, slot, sequence, first, end, &error, &index, &cluster);
                 }
                 atomic_store(asleep, 0);
@@ -307,7 +306,8 @@ static int await_copies(struct filter *self, struct thread_slot *thread, struct 
         Py_END_ALLOW_THREADS
         if (waited != WAITED_BLOCKED || !self->open)
             break;
-        if (slept == EINTR && PyErr_CheckSignals() != 0) {
+        /* Not only at EINTR: the kernel may have given the signal to another thread. */
+        if (PyErr_CheckSignals() != 0) {
             result = -1;
             break;
         }
@@ -349,7 +349,7 @@ static int wait_gate(struct filter *self, struct thread_slot *thread, uint32_t e
     atomic_store(asleep, 0);
     still = atomic_load(shared->epoch) == epoch;
     Py_END_ALLOW_THREADS
-    if (slept == EINTR && PyErr_CheckSignals() != 0)
+    if (PyErr_CheckSignals() != 0)
         return -1;
     if (still && slept == ETIMEDOUT)
         return resolve(self, REASON_GATED, 0, epoch, 0);
@@ -691,6 +691,7 @@ static PyObject *filter_release(PyObject *object, PyObject *argument)
     if (self->busy != 0 && !force)
         return PyErr_Format(PyExc_ValueError, "release: %zu calls are inside", self->busy);
     self->open = false;
+    self->busy = 0;
     clear(self);
     Py_RETURN_NONE;
 }
@@ -729,7 +730,6 @@ static PyObject *filter_setup(PyObject *object, PyObject *args)
     self->cluster_shift = (unsigned int)__builtin_ctzll(self->shared.cluster_size);
     CPU_ZERO(&cpus);
     self->may_spin = sched_getaffinity(0, sizeof cpus, &cpus) != 0 || CPU_COUNT(&cpus) > 1;
-    self->busy = 0;
     self->initialised = true;
     self->open = true;
     Py_RETURN_NONE;

@@ -78,7 +78,8 @@ static PyObject *semaphore_wait(PyObject *object, PyObject *argument)
     Py_BEGIN_ALLOW_THREADS
     result = semaphore_sleep(((struct semaphore *)object)->handle, timeout_ns);
     Py_END_ALLOW_THREADS
-    if (result == EINTR && PyErr_CheckSignals() != 0)
+    /* Not only at EINTR: the kernel may have given the signal to another thread. */
+    if (PyErr_CheckSignals() != 0)
         return NULL;
     return PyBool_FromLong(result == 0);
 }

@@ -1,0 +1,254 @@
+"""Who may own and who may attach; what is refused, and what a dead coordinator leaves."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from shmcbw.workers import Coordinator
+
+import shmcbw
+from shmcbw.image import Identity
+from shmcbw.layout import Header
+from shmcbw.segment import SHM, segment_name
+from tests.conftest import wait_for
+from tests.processes import running, write_forever
+
+SIZE = 4 << 20
+
+OWNER = """
+import sys, time
+from shmcbw.workers import Coordinator
+coordinator = Coordinator(sys.argv[1], workers=1)
+if len(sys.argv) > 2:
+    job = coordinator.backup(sys.argv[2], speed=1)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def start_owner(image: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, str(image), *arguments], stdout=subprocess.PIPE)
+    assert owner.stdout is not None
+    assert owner.stdout.readline() == b"ready\n"
+    owner.stdout.close()
+    return owner
+
+
+def segment_file(image: Path) -> Path:
+    return SHM / segment_name(Identity.of(os.stat(image)))[1:]
+
+
+@pytest.fixture
+def image(make_image: Callable[..., Path]) -> Path:
+    return make_image(SIZE)
+
+
+def test_a_second_coordinator_is_refused_with_the_pid_of_the_first(image: Path) -> None:
+    with Coordinator(image, workers=1):
+        with pytest.raises(shmcbw.ShmcbwError, match=f"already.*{os.getpid()}"):
+            Coordinator(image)
+
+
+def test_of_coordinators_that_start_at_once_exactly_one_wins(image: Path) -> None:
+    script = (
+        "import sys, time\nfrom shmcbw.workers import Coordinator\nimport shmcbw\n"
+        "try:\n    coordinator = Coordinator(sys.argv[1], workers=1)\n"
+        "except shmcbw.ShmcbwError:\n    print('refused', flush=True)\n    sys.exit()\n"
+        "print('owner', flush=True)\nsys.stdin.read()\ncoordinator.close()\n"
+    )
+    command = [sys.executable, "-c", script, str(image)]
+    started = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    answers = [process.stdout.readline() if process.stdout else "" for process in started]
+    for process in started:
+        process.communicate()
+    assert sorted(answers) == ["owner\n", "refused\n", "refused\n", "refused\n"]
+
+
+def test_the_segment_is_private_by_default_and_the_groups_with_a_group(image: Path) -> None:
+    with Coordinator(image, workers=1):
+        modes = {path.stat().st_mode & 0o777 for path in SHM.glob("*shmcbw*") if segment_file(image).name in path.name}
+        assert modes == {0o600}
+    group = os.getgroups()[0] if os.getgroups() else os.getgid()
+    previous = os.umask(0o077)
+    try:
+        with Coordinator(image, workers=1, group=group):
+            files = [path for path in SHM.glob("*shmcbw*") if segment_file(image).name in path.name]
+            assert {path.stat().st_mode & 0o777 for path in files} == {0o660}
+            assert {path.stat().st_gid for path in files} == {group}
+    finally:
+        os.umask(previous)
+
+
+def test_a_segment_of_another_user_is_refused(image: Path) -> None:
+    if os.geteuid() != 0:
+        assert not os.environ.get("CI"), "CI must run as root"
+        pytest.skip("giving a file to another user needs root")
+    file = segment_file(image)
+    file.write_bytes(bytes(8192))
+    os.chown(file, 12345, 12345)
+    try:
+        with pytest.raises(shmcbw.ForeignSegmentError, match="uid 12345"):
+            shmcbw.open(image)
+        with pytest.raises(shmcbw.ForeignSegmentError, match="uid 12345"):
+            Coordinator(image)
+        assert file.exists()
+    finally:
+        file.unlink()
+
+
+def test_a_segment_that_everybody_may_write_is_refused(image: Path) -> None:
+    with Coordinator(image, workers=1):
+        segment_file(image).chmod(0o666)
+        with pytest.raises(shmcbw.ForeignSegmentError, match="everybody"):
+            shmcbw.open(image)
+
+
+def test_a_foreign_file_under_our_name_is_refused(image: Path) -> None:
+    file = segment_file(image)
+    file.write_bytes(b"not ours" * 1024)
+    file.chmod(0o600)
+    try:
+        with pytest.raises(shmcbw.ForeignSegmentError, match="not a control segment"):
+            shmcbw.open(image)
+        with pytest.raises(shmcbw.ForeignSegmentError, match="not a control segment"):
+            Coordinator(image)
+        assert file.read_bytes() == b"not ours" * 1024
+    finally:
+        file.unlink()
+
+
+def test_a_foreign_layout_version_is_refused(image: Path) -> None:
+    with Coordinator(image, workers=1) as coordinator:
+        coordinator._segment.set_header(Header.version, 99)
+        with pytest.raises(shmcbw.LayoutVersionError, match="version 99"):
+            shmcbw.open(image)
+        with pytest.raises(shmcbw.ShmcbwError, match="live processes"):
+            Coordinator(image)
+
+
+def test_an_unfinished_segment_of_a_dead_creator_is_discarded(image: Path) -> None:
+    file = segment_file(image)
+    file.write_bytes(b"")
+    file.chmod(0o600)
+    with pytest.raises(shmcbw.NoCoordinatorError, match="not finished"):
+        shmcbw.open(image)
+    with Coordinator(image, workers=1), shmcbw.open(image) as disk:
+        disk.pwrite(b"x", 0)
+
+
+def test_a_segment_from_before_the_boot_is_discarded(image: Path) -> None:
+    owner = start_owner(image)
+    with segment_file(image).open("r+b") as file:
+        file.seek(Header.boot_id.offset)
+        file.write(bytes(16))
+    with pytest.raises(shmcbw.ShmcbwError, match="last boot"):
+        shmcbw.open(image)
+    owner.kill()
+    owner.wait()
+    with Coordinator(image, workers=1), shmcbw.open(image) as disk:
+        disk.pwrite(b"x", 0)
+
+
+def test_an_image_that_was_resized_is_served_anew_and_the_orphans_are_sent_away(image: Path, tmp_path: Path) -> None:
+    owner = start_owner(image, str(tmp_path / "out"))
+    owner.kill()
+    owner.wait()
+    os.truncate(image, 2 * SIZE)
+    with Coordinator(image, workers=1), shmcbw.open(image) as disk:
+        disk.pwrite(b"x", 2 * SIZE - 1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_writer_in_a_segment_that_does_not_fit_any_more_is_not_overrun(image: Path) -> None:
+    owner = start_owner(image)
+    with shmcbw.open(image):
+        owner.kill()
+        owner.wait()
+        os.truncate(image, 2 * SIZE)
+        with pytest.raises(shmcbw.ShmcbwError, match="live processes hold it"):
+            Coordinator(image, workers=1)
+
+
+def test_orphaned_workers_leave_and_clean_up_after_the_grace_time(image: Path) -> None:
+    owner = start_owner(image)
+    owner.kill()
+    owner.wait()
+    with pytest.raises(shmcbw.NoCoordinatorError, match="ended or died"):
+        shmcbw.open(image)
+    wait_for(lambda: not segment_file(image).exists(), "the orphans remove the segment", 20)
+
+
+def test_writers_go_on_when_the_coordinator_is_killed_and_are_adopted(image: Path, tmp_path: Path) -> None:
+    owner = start_owner(image)
+    with shmcbw.open(image) as disk:
+        disk.pwrite(b"before", 0)
+        owner.kill()
+        owner.wait()
+        disk.pwrite(b"orphan", 0)
+        with Coordinator(image, workers=1) as coordinator:
+            assert len(coordinator.status()["slots"]) == 1
+            job = coordinator.backup(tmp_path / "out", speed=1)
+            disk.pwrite(b"later!", 0)
+            job.set_speed(0)
+            job.wait(10)
+    assert (tmp_path / "out").read_bytes()[:6] == b"orphan"
+
+
+def test_a_backup_of_a_killed_coordinator_goes_on_and_ends_right(image: Path, tmp_path: Path) -> None:
+    expected = image.read_bytes()
+    owner = start_owner(image, str(tmp_path / "out"))
+    with shmcbw.open(image) as disk:
+        disk.pwrite(b"x" * 100_000, 500_000)
+        owner.kill()
+        owner.wait()
+        disk.pwrite(b"y" * 100_000, 1_500_000)
+        assert not (tmp_path / "out").exists()
+        with Coordinator(image, workers=2) as coordinator:
+            (job,) = coordinator.jobs
+            disk.pwrite(b"z" * 100_000, 2_500_000)
+            job.set_speed(0)
+            job.wait(20)
+            assert coordinator.status()["snapshots"] == []
+    assert (tmp_path / "out").read_bytes() == expected
+
+
+def test_writers_stay_when_the_coordinator_closes_and_the_last_one_cleans_up(image: Path) -> None:
+    with running(write_forever, str(image), 1) as writer:
+        with Coordinator(image, workers=1) as coordinator:
+            wait_for(lambda: any(s["writes"] > 10 for s in coordinator.status()["slots"]), "a writer", 20)
+        assert segment_file(image).exists()
+        with Coordinator(image, workers=1) as again:
+            before = again.status()["slots"][0]["writes"]
+            wait_for(lambda: again.status()["slots"][0]["writes"] > before, "it goes on")
+            os.kill(writer.pid or 0, signal.SIGKILL)
+            wait_for(lambda: again.status()["slots"] == [], "reaped", 2)
+    with Coordinator(image, workers=1):
+        disk = shmcbw.open(image)
+    assert segment_file(image).exists()
+    disk.pwrite(b"still", 0)
+    disk.close()
+    assert not segment_file(image).exists()
+
+
+def test_a_full_dev_shm_is_an_error_at_creation_and_nothing_is_left(image: Path) -> None:
+    """In a mount namespace of its own, with a /dev/shm that is too small for the segment."""
+    if os.geteuid() != 0:
+        assert not os.environ.get("CI"), "CI must run as root"
+        pytest.skip("a small /dev/shm needs root")
+    script = (
+        "import os, sys\nfrom shmcbw.workers import Coordinator\n"
+        "try:\n    Coordinator(sys.argv[1], cluster_size=4096)\n"
+        "except OSError as error:\n    print(error.errno, error.strerror, os.listdir('/dev/shm'))\n"
+    )
+    command = f'mount -t tmpfs -o size=64k none /dev/shm && exec {sys.executable} -c "$SCRIPT" {image}'
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", command], env={**os.environ, "SCRIPT": script}, capture_output=True, text=True
+    )
+    assert done.stdout.startswith("28 can't allocate"), done.stderr
+    assert done.stdout.endswith("[]\n")

@@ -1,0 +1,202 @@
+"""Targets are refused before the cut with nothing changed, and never look finished when they are not."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from shmcbw.workers import Coordinator
+
+import shmcbw
+
+SIZE = 1 << 20
+
+
+@pytest.fixture
+def image(make_image: Callable[..., Path]) -> Path:
+    return make_image(SIZE)
+
+
+@pytest.fixture
+def coordinator(image: Path) -> Iterator[Coordinator]:
+    with Coordinator(image, workers=1) as coordinator:
+        yield coordinator
+
+
+def refused(coordinator: Coordinator, target: Path | str, number: int, **options: bool) -> str:
+    """The backup is refused with this errno, and nothing has changed: no cut, no file, no entry."""
+    directory = Path(target).parent
+    before = sorted((p.name, p.stat().st_size) for p in directory.iterdir()) if directory.is_dir() else []
+    epoch = coordinator.status()["epoch"]
+    with pytest.raises(shmcbw.TargetRefusedError) as caught:
+        coordinator.backup(target, **options)
+    assert caught.value.errno == number
+    status = coordinator.status()
+    assert (status["epoch"], status["snapshots"]) == (epoch, [])
+    assert (sorted((p.name, p.stat().st_size) for p in directory.iterdir()) if directory.is_dir() else []) == before
+    return str(caught.value)
+
+
+def test_the_source_itself_is_refused(coordinator: Coordinator, image: Path) -> None:
+    assert "is the source" in refused(coordinator, image, errno.EINVAL, overwrite=True)
+
+
+def test_a_hard_link_of_the_source_is_refused(coordinator: Coordinator, image: Path, tmp_path: Path) -> None:
+    os.link(image, tmp_path / "link")
+    assert "is the source" in refused(coordinator, tmp_path / "link", errno.EINVAL, overwrite=True)
+
+
+def test_a_symbolic_link_to_the_source_is_refused(coordinator: Coordinator, image: Path, tmp_path: Path) -> None:
+    os.symlink(image, tmp_path / "link")
+    assert "is the source" in refused(coordinator, tmp_path / "link", errno.EINVAL, overwrite=True)
+
+
+@pytest.mark.parametrize("size", [0, SIZE - 1, SIZE + 1])
+def test_a_target_of_another_size_is_refused(coordinator: Coordinator, tmp_path: Path, size: int) -> None:
+    (tmp_path / "out").write_bytes(bytes(size))
+    assert f"{size} bytes" in refused(coordinator, tmp_path / "out", errno.EINVAL, overwrite=True)
+
+
+def test_an_existing_target_is_refused_without_overwrite(coordinator: Coordinator, tmp_path: Path) -> None:
+    (tmp_path / "out").write_bytes(bytes(SIZE))
+    assert "overwrite" in refused(coordinator, tmp_path / "out", errno.EEXIST)
+
+
+def test_a_directory_and_a_device_are_refused(coordinator: Coordinator, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    refused(coordinator, tmp_path / "out", errno.EINVAL, overwrite=True)
+    with pytest.raises(shmcbw.TargetRefusedError):
+        coordinator.backup("/dev/null", overwrite=True)
+
+
+def test_a_missing_directory_is_refused(coordinator: Coordinator, tmp_path: Path) -> None:
+    refused(coordinator, tmp_path / "none" / "out", errno.ENOENT)
+
+
+def test_a_target_that_is_not_writable_is_refused(coordinator: Coordinator, tmp_path: Path) -> None:
+    (tmp_path / "out").write_bytes(bytes(SIZE))
+    (tmp_path / "out").chmod(0o400)
+    if os.geteuid() == 0:
+        # Root may write any file but an immutable one.
+        subprocess.run(["chattr", "+i", str(tmp_path / "out")], check=True)
+    try:
+        refused(coordinator, tmp_path / "out", errno.EACCES, overwrite=True)
+    finally:
+        if os.geteuid() == 0:
+            subprocess.run(["chattr", "-i", str(tmp_path / "out")], check=True)
+
+
+def test_a_target_on_a_full_disk_is_refused(coordinator: Coordinator, small_tmpfs: Path) -> None:
+    message = refused(coordinator, small_tmpfs / "out", errno.ENOSPC)
+    assert "bytes are needed" in message
+    assert "are free" in message
+
+
+def test_a_disk_that_fills_up_fails_the_job_and_leaves_nothing(coordinator: Coordinator, small_tmpfs: Path) -> None:
+    (small_tmpfs / "ballast").write_bytes(b"")
+    snapshot = coordinator.snapshot(small_tmpfs / "scratch")
+    (small_tmpfs / "ballast").write_bytes(b"x" * ((512 << 10) - 8192))
+    with shmcbw.open(coordinator.path) as disk:
+        disk.pwrite(b"x" * 200_000, 0)
+        with pytest.raises(shmcbw.SnapshotBrokenError) as caught:
+            snapshot.pread(1, 0)
+        assert caught.value.errno == errno.ENOSPC
+    snapshot.close()
+    assert [p.name for p in small_tmpfs.iterdir()] == ["ballast"]
+
+
+def test_a_read_only_file_system_is_refused(coordinator: Coordinator, small_tmpfs: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(small_tmpfs)], check=True)
+    with pytest.raises(shmcbw.TargetRefusedError) as caught:
+        coordinator.snapshot(small_tmpfs / "out")
+    assert caught.value.errno == errno.EROFS
+
+
+@pytest.fixture
+def small_tmpfs(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 512 KiB of its own."""
+    if os.geteuid() != 0:
+        assert not os.environ.get("CI"), "CI must run as root"
+        pytest.skip("mounting a small file system needs root")
+    directory = tmp_path / "small"
+    directory.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "none", str(directory)], check=True)
+    yield directory
+    subprocess.run(["umount", "-l", str(directory)], check=True)
+
+
+def test_a_backup_has_its_name_only_when_it_is_finished(coordinator: Coordinator, tmp_path: Path) -> None:
+    job = coordinator.backup(tmp_path / "out", speed=1)
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out.shmcbw-partial").exists()
+    job.set_speed(0)
+    job.wait(10)
+    assert (tmp_path / "out").read_bytes() == Path(coordinator.path).read_bytes()
+    assert not (tmp_path / "out.shmcbw-partial").exists()
+
+
+def test_overwrite_keeps_the_old_backup_until_the_new_one_is_finished(coordinator: Coordinator, tmp_path: Path) -> None:
+    old = b"o" * SIZE
+    (tmp_path / "out").write_bytes(old)
+    (tmp_path / "out").chmod(0o640)
+    cancelled = coordinator.backup(tmp_path / "out", speed=1, overwrite=True)
+    assert (tmp_path / "out").read_bytes() == old
+    cancelled.cancel()
+    assert (tmp_path / "out").read_bytes() == old
+    coordinator.backup(tmp_path / "out", overwrite=True).wait(10)
+    assert (tmp_path / "out").read_bytes() == Path(coordinator.path).read_bytes()
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o640
+
+
+def test_an_existing_target_gets_its_zeroes(tmp_path: Path) -> None:
+    image = tmp_path / "disk.img"
+    image.write_bytes(bytes(300_000))
+    (tmp_path / "out").write_bytes(b"x" * 300_000)
+    with Coordinator(image, workers=1) as coordinator:
+        coordinator.backup(tmp_path / "out", overwrite=True).wait(10)
+    assert (tmp_path / "out").read_bytes() == bytes(300_000)
+
+
+def test_a_file_that_appears_meanwhile_is_not_replaced(coordinator: Coordinator, tmp_path: Path) -> None:
+    job = coordinator.backup(tmp_path / "out", speed=1)
+    (tmp_path / "out").write_bytes(b"precious")
+    job.set_speed(0)
+    with pytest.raises(shmcbw.JobFailedError) as caught:
+        job.wait(10)
+    assert caught.value.errno == errno.EEXIST
+    assert (tmp_path / "out").read_bytes() == b"precious"
+    assert not (tmp_path / "out.shmcbw-partial").exists()
+
+
+def test_two_backups_into_one_target_are_refused(coordinator: Coordinator, tmp_path: Path) -> None:
+    job = coordinator.backup(tmp_path / "out", speed=1)
+    with pytest.raises(shmcbw.TargetRefusedError, match="another backup"):
+        coordinator.backup(tmp_path / "out")
+    job.set_speed(0)
+    job.wait(10)
+    assert (tmp_path / "out").read_bytes() == Path(coordinator.path).read_bytes()
+
+
+def test_an_abandoned_partial_file_is_taken_over(coordinator: Coordinator, tmp_path: Path) -> None:
+    (tmp_path / "out.shmcbw-partial").write_bytes(b"rest of a backup before a reboot")
+    coordinator.backup(tmp_path / "out").wait(10)
+    assert (tmp_path / "out").read_bytes() == Path(coordinator.path).read_bytes()
+
+
+def test_a_target_through_a_symbolic_link_ends_behind_it(coordinator: Coordinator, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    os.symlink(tmp_path / "elsewhere" / "real", tmp_path / "out")
+    coordinator.backup(tmp_path / "out").wait(10)
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "elsewhere" / "real").read_bytes() == Path(coordinator.path).read_bytes()
+
+
+def test_bad_parameters_are_refused_before_anything_happens(coordinator: Coordinator, tmp_path: Path) -> None:
+    for options in ({"sync": "half"}, {"speed": -1}, {"cbw_timeout": -1}, {"on_cbw_error": "panic"}):
+        with pytest.raises(ValueError):
+            coordinator.backup(tmp_path / "out", **options)  # type: ignore[arg-type]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["disk.img"]

@@ -1,0 +1,1 @@
+"""Programs that use shmcbw, to read and to copy."""
