@@ -73,9 +73,10 @@ class Disk(_core.Filter):
 
     pwrite(data, offset, *, unchanged=False) -> int
         Write any bytes-like object at any byte offset; returns its length.  Waits only while an active snapshot still
-        needs old content of a cluster it touches, at most that snapshot's cbw_timeout.  ``unchanged=True`` says that
-        the data equals what is there: nothing is copied and nothing marked.  A write lies wholly before or wholly
-        after each cut, whatever its length (I5).
+        needs old content of a cluster it touches, at most that snapshot's cbw_timeout.  ``unchanged=True`` expects
+        the data to equal what is there: it is compared, and if so nothing is copied, marked or stored.  A write lies
+        wholly before or wholly after each cut, whatever its length (I5); one that stores for longer than the
+        coordinator's drain_limit makes a cut fail.
     pwrite_zeroes(count, offset) -> int, pdiscard(count, offset) -> int
         Make a range read as zeroes, with a hole where the file can have one.  Writes like any other.
     pread(count, offset) -> bytes, pread_into(buffer, offset) -> int

@@ -10,7 +10,7 @@ import errno
 import mmap
 import os
 import stat
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from .errors import ImageError, ReadOnlyImageError
 
@@ -21,8 +21,7 @@ HONEST_HOLES = {0xEF53, 0x58465342, 0x9123683E, 0x01021994}
 NETWORK = {0x6969, 0x517B, 0xFF534D42, 0xFE534D42, 0x65735546, 0x00C36400, 0x01021997, 0x5346414F}
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
+class Identity(NamedTuple):
     """What names an image on this machine: (st_dev, st_ino), or (st_rdev, 0) for a block device."""
 
     device: int
@@ -38,15 +37,15 @@ class Identity:
         raise ImageError(errno.EINVAL, "an image must be a regular file or a block device")
 
 
-@dataclass(slots=True)
 class ImageFile:
     """An open image.  ``close()`` gives the descriptor back; mappings live on."""
 
-    path: str
-    fd: int
-    identity: Identity
-    size_bytes: int
-    writable: bool
+    def __init__(self, path: str, fd: int, identity: Identity, size_bytes: int, *, writable: bool) -> None:
+        self.path = path
+        self.fd = fd
+        self.identity = identity
+        self.size_bytes = size_bytes
+        self.writable = writable
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, writable: bool) -> ImageFile:
@@ -68,7 +67,7 @@ class ImageFile:
             size_bytes = file_size(fd)
             if size_bytes == 0:
                 raise ImageError(errno.EINVAL, f"{name}: the image is empty (0 bytes)")
-            return cls(name, fd, identity, size_bytes, writable)
+            return cls(name, fd, identity, size_bytes, writable=writable)
         except BaseException:
             os.close(fd)
             raise

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from .clusters import CLUSTER_SIZE_MAX, CLUSTER_SIZE_MIN, cluster_count
 
@@ -27,8 +27,7 @@ PATH_SIZE = 4096
 IMAGE_SIZE_MAX = 1 << 62
 
 
-@dataclass(frozen=True, slots=True)
-class Word:
+class Word(NamedTuple):
     """One word of a structure: byte offset in it, bytes (4, 8, or more for a byte string or an array)."""
 
     offset: int
@@ -118,9 +117,9 @@ class Snapshot:
     cut_epoch = Word(32, 4, "coordinator", "status", "the odd epoch of the cut")
     cut_time_ns = Word(40, 8, "coordinator", "status", "wall clock")
     drained_ns = Word(48, 8, "coordinator", "status", "length of the drained section")
-    broken = Word(64, 8, "compare-and-swap from 0", "all", "sticky error: errno << 52 | cluster.  0: not broken")
+    broken = Word(64, 8, "compare-and-swap", "all", "sticky error: errno 12 bits | epoch tag 20 | cluster 32")
     broken_time_ns = Word(72, 8, "whoever broke it", "status", "wall clock")
-    background_error = Word(80, 8, "workers, compare-and-swap from 0", "coordinator", "errno << 52 | cluster")
+    background_error = Word(80, 8, "workers, compare-and-swap", "coordinator", "as `broken`, of a background copy")
     background = Word(88, 4, "coordinator", "workers", "1: copy in the background")
     cursor = Word(128, 8, "workers, compare-and-swap", "workers", "a hint: where the next background chunk begins")
     speed = Word(136, 8, "coordinator", "workers", "background bytes a second, 0: no limit")
@@ -140,21 +139,21 @@ def words(structure: type) -> Iterator[tuple[str, Word]]:
     return iter(sorted(found, key=lambda pair: pair[1].offset))
 
 
-@dataclass(frozen=True, slots=True)
 class Geometry:
     """Where everything is in one control segment; a pure function of the four numbers (bytes and counts)."""
 
-    image_size: int
-    cluster_size: int
-    slot_count: int
-    worker_count: int
-
-    def __post_init__(self) -> None:
+    def __init__(self, image_size: int, cluster_size: int, slot_count: int, worker_count: int) -> None:
+        self.image_size = image_size
+        self.cluster_size = cluster_size
+        self.slot_count = slot_count
+        self.worker_count = worker_count
         if not 0 < self.image_size <= IMAGE_SIZE_MAX:
             raise ValueError(f"image size {self.image_size} bytes is not in 1..{IMAGE_SIZE_MAX}")
         size = self.cluster_size
         if not CLUSTER_SIZE_MIN <= size <= CLUSTER_SIZE_MAX or size & (size - 1):
             raise ValueError(f"cluster size {size} bytes is not a power of two from 4 KiB to 2 MiB")
+        if self.clusters >= 1 << 32:
+            raise ValueError(f"{self.clusters} clusters do not fit 32 bits: use larger ones")
         if not 1 <= self.slot_count <= SLOT_COUNT_MAX:
             raise ValueError(f"slots: {self.slot_count} is not in 1..{SLOT_COUNT_MAX}")
         if not WORKER_COUNT_MIN <= self.worker_count <= WORKER_ID_MAX:

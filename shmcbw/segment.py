@@ -21,17 +21,15 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import glob
 import grp
 import mmap
 import os
 import stat
 import struct
 import time
-import uuid
 import weakref
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import posix_ipc
 
@@ -61,8 +59,8 @@ def segment_name(identity: Identity) -> str:
 
 
 def boot_id() -> bytes:
-    """16 bytes that change with every boot."""
-    return uuid.UUID(Path("/proc/sys/kernel/random/boot_id").read_text().strip()).bytes
+    """16 bytes that change with every boot (a uuid)."""
+    return bytes.fromhex(Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", ""))
 
 
 def start_ticks(pid: int) -> int:
@@ -73,8 +71,7 @@ def start_ticks(pid: int) -> int:
         return 0
 
 
-@dataclass(frozen=True, slots=True)
-class Access:
+class Access(NamedTuple):
     """Who may attach: file mode and group of all named objects of an image."""
 
     mode: int = 0o600
@@ -322,7 +319,7 @@ def create(identity: Identity, geometry: Geometry, access: Access) -> Segment:
         for suffix in ["pool", "c", *(f"s{index}" for index in range(geometry.slot_count))]:
             _create_semaphore(f"{name}.{suffix}", access)
         segment.set_header(Header.version, VERSION)
-        for word, value in ((Header.uuid, uuid.uuid4().bytes), (Header.boot_id, boot_id())):
+        for word, value in ((Header.uuid, os.urandom(16)), (Header.boot_id, boot_id())):
             segment.memory[word.offset : word.offset + word.size] = value
         segment.set_header(Header.image_device, identity.device)
         segment.set_header(Header.image_inode, identity.inode)
@@ -443,13 +440,14 @@ def unlink_all(identity: Identity) -> None:
     The caller holds the coordinator's lock of the segment under that name.
     """
     name = segment_name(identity)
-    for path in glob.glob(f"{SHM}/sem.{name[1:]}.*"):
-        try:
-            posix_ipc.unlink_semaphore("/" + os.path.basename(path)[4:])
-        except posix_ipc.ExistentialError:
-            pass
-    for path in glob.glob(f"{SHM}{name}.*"):
-        unlink_shared_memory("/" + os.path.basename(path))
+    for file in os.listdir(SHM):
+        if file.startswith(f"sem.{name[1:]}."):
+            try:
+                posix_ipc.unlink_semaphore("/" + file.removeprefix("sem."))
+            except posix_ipc.ExistentialError:
+                pass
+        elif file.startswith(f"{name[1:]}."):
+            unlink_shared_memory("/" + file)
     unlink_shared_memory(name)
 
 

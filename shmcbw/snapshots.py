@@ -11,14 +11,14 @@ from __future__ import annotations
 import errno
 import os
 import time
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from . import _core, states
 from .bitmap import COPIED, COPIED_FOR_WRITER, PENDING, SKIPPED, ZERO, Bitmap
 from .clusters import byte_range, inward, outward
 from .errors import ClosedError, OutOfRangeError, SnapshotBrokenError, SnapshotInaccessibleError
 from .image import HONEST_HOLES, ImageFile, next_data
-from .layout import Slot, Snapshot
+from .layout import Slot, Snapshot, Word
 from .segment import Segment
 
 _READ_PIECE_BYTES = 1 << 20
@@ -36,11 +36,24 @@ def is_active(segment: Segment, index: int, serial: int) -> bool:
 
 def broken_error(segment: Segment, index: int) -> SnapshotBrokenError | None:
     """Why the entry's snapshot is broken, or None."""
-    word = segment.snapshot(index, Snapshot.broken)
-    if word == 0:
+    found = states.split_error(segment.snapshot(index, Snapshot.broken), segment.snapshot(index, Snapshot.state) >> 32)
+    if found is None:
         return None
-    number, cluster = states.split_error(word)
+    number, cluster = found
     return SnapshotBrokenError(number or errno.EIO, cluster, segment.snapshot(index, Snapshot.broken_time_ns))
+
+
+def store_first_error(segment: Segment, index: int, word: Word, odd_epoch: int, number: int, cluster: int) -> bool:
+    """Store an error of one cut in a sticky word, unless one of the same cut is there: whether this one is the first.
+
+    What another cut left in the word is replaced; 2^19 cuts later its tag could be taken for ours.
+    """
+    while True:
+        there = segment.snapshot(index, word)
+        if states.split_error(there, odd_epoch) is not None:
+            return False
+        if segment.exchange_snapshot(index, word, there, states.error_word(number, odd_epoch, cluster)):
+            return True
 
 
 def break_snapshot(segment: Segment, index: int, serial: int, number: int, cluster: int) -> None:
@@ -48,14 +61,16 @@ def break_snapshot(segment: Segment, index: int, serial: int, number: int, clust
 
     The sticky error comes first (the first one wins), then the state, then the caller may store data: a reader that
     saw the data sees the error at its second look.  Died in between: the error alone already fails every read, and
-    the next waiter or the coordinator completes the state.
+    the next waiter or the coordinator completes the state.  Both words carry the cut's epoch, so a caller that slept
+    while the entry was used again breaks nothing.
     """
     word = segment.snapshot(index, Snapshot.state)
     if word & 0xFFFFFFFF != states.ACTIVE or segment.snapshot(index, Snapshot.serial) != serial:
         return
-    if segment.exchange_snapshot(index, Snapshot.broken, 0, states.error_word(number, cluster)):
+    odd = word >> 32
+    if store_first_error(segment, index, Snapshot.broken, odd, number, cluster):
         segment.set_snapshot(index, Snapshot.broken_time_ns, time.time_ns())
-    segment.exchange_snapshot(index, Snapshot.state, word, states.state_word(states.BROKEN, word >> 32))
+    segment.exchange_snapshot(index, Snapshot.state, word, states.state_word(states.BROKEN, odd))
     wake_all(segment)
     segment.wake_coordinator()
 
@@ -72,8 +87,7 @@ def wake_all(segment: Segment) -> None:
         segment.wake_slot(slot)
 
 
-@dataclass(frozen=True, slots=True)
-class Extent:
+class Extent(NamedTuple):
     """A run of a snapshot: bytes, and "data", "zero" or "inaccessible"."""
 
     offset: int
@@ -87,7 +101,7 @@ class SnapshotReader:
     def __init__(self, segment: Segment, index: int, serial: int, image: ImageFile, target_fd: int) -> None:
         self._segment = segment
         self._index = index
-        self._serial = serial
+        self._odd_epoch = segment.snapshot(index, Snapshot.state) >> 32
         self._image = image
         self._target_fd = target_fd
         self._bitmap = Bitmap.attach(segment, serial)
@@ -99,13 +113,18 @@ class SnapshotReader:
         return self._segment.geometry.image_size
 
     def _check(self) -> None:
-        if self._closed or self._segment.snapshot(self._index, Snapshot.serial) != self._serial:
-            raise ClosedError("the snapshot is closed")
-        error = broken_error(self._segment, self._index)
-        if error is not None:
+        """Raise unless the snapshot is open and unbroken.  Called before a read, and after it as its second look.
+
+        The sticky error first, the whole state word last: it carries the cut's epoch, so an entry that was used again
+        between the two loads is not taken for ours.
+        """
+        error = broken_error(self._segment, self._index) if not self._closed else None
+        word = self._segment.snapshot(self._index, Snapshot.state) if not self._closed else 0
+        if word == states.state_word(states.ACTIVE, self._odd_epoch) and error is None:
+            return
+        if error is not None and word >> 32 == self._odd_epoch:
             raise error
-        if state_of(self._segment, self._index) != states.ACTIVE:
-            raise ClosedError("the snapshot is closed")
+        raise ClosedError("the snapshot is closed")
 
     def _check_range(self, what: str, count: int, offset: int) -> None:
         if offset < 0 or count < 0 or offset + count > self.size_bytes:

@@ -47,11 +47,16 @@ def state_word(state: int, odd_epoch: int) -> int:
     return odd_epoch << 32 | state
 
 
-def error_word(number: int, cluster: int) -> int:
-    """errno and cluster in one word, so that the first error is stored by one compare-and-swap."""
-    return (number & 0xFFF) << 52 | (cluster & ((1 << 52) - 1))
+def error_word(number: int, odd_epoch: int, cluster: int) -> int:
+    """errno (12 bits), tag (20) and cluster (32) in one word: the first error is stored by one compare-and-swap.
+
+    The tag is the low end of the cut's epoch: an error that was meant for the entry's last snapshot does not count.
+    """
+    return (number & 0xFFF) << 52 | (odd_epoch & 0xFFFFF) << 32 | (cluster & 0xFFFFFFFF)
 
 
-def split_error(word: int) -> tuple[int, int]:
-    """(errno, cluster) of an error word."""
-    return word >> 52, word & ((1 << 52) - 1)
+def split_error(word: int, odd_epoch: int) -> tuple[int, int] | None:
+    """(errno, cluster) of an error word, or None if it holds no error of that cut."""
+    if word == 0 or word >> 32 & 0xFFFFF != odd_epoch & 0xFFFFF:
+        return None
+    return word >> 52, word & 0xFFFFFFFF

@@ -31,11 +31,11 @@ def running(target: Callable[..., None], *arguments: Any) -> Iterator[SpawnProce
         process.close()
 
 
-def write_forever(path: str, seed: int, block: int = 4096) -> None:
-    """Write blocks at pseudo-random places until killed; ends when its parent does."""
+def write_forever(path: str, seed: int, block: int = 4096, end: int = 0) -> None:
+    """Write blocks at pseudo-random places before `end` (0: anywhere) until killed; ends when its parent does."""
     parent = os.getppid()
     with shmcbw.open(path) as disk:
-        blocks = disk.size_bytes // block
+        blocks = (end or disk.size_bytes) // block
         state = seed * 2654435761 % 2**32
         count = 0
         while os.getppid() == parent:

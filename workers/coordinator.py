@@ -474,7 +474,7 @@ class Coordinator:
     def _complete_break(self, entry: Entry) -> None:
         """Whoever stored the sticky error may have died before it changed the state."""
         word = self._segment.snapshot(entry.index, Snapshot.state)
-        if self._segment.snapshot(entry.index, Snapshot.broken) and word & 0xFFFFFFFF == states.ACTIVE:
+        if word & 0xFFFFFFFF == states.ACTIVE and broken_error(self._segment, entry.index) is not None:
             broken = states.state_word(states.BROKEN, word >> 32)
             self._segment.exchange_snapshot(entry.index, Snapshot.state, word, broken)
             wake_all(self._segment)
@@ -488,9 +488,9 @@ class Coordinator:
             broken = broken_error(segment, entry.index)
             self._abort(job, broken or jobs.failure(errno.EIO, "the snapshot is broken"))
             return
-        error = segment.snapshot(entry.index, Snapshot.background_error)
-        if error:
-            number, cluster = states.split_error(error)
+        error = states.split_error(segment.snapshot(entry.index, Snapshot.background_error), word >> 32)
+        if error is not None:
+            number, cluster = error
             self._abort(
                 job,
                 jobs.failure(number, f"background copy of cluster {cluster} to {job.target}: {os.strerror(number)}"),

@@ -27,7 +27,7 @@ from shmcbw.filter import leave_last
 from shmcbw.image import Identity
 from shmcbw.layout import SNAPSHOT_COUNT, Header, Snapshot, Worker, words
 from shmcbw.segment import COORDINATOR, Segment, attach, start_ticks, worker_byte
-from shmcbw.snapshots import target_path
+from shmcbw.snapshots import store_first_error, target_path
 
 from .copying import Copied, Source, copy_run
 
@@ -250,11 +250,12 @@ class CopyWorker:
 
     def _chunk_of(self, target: Target) -> int:
         segment, index = self.segment, target.index
+        word = segment.snapshot(index, Snapshot.state)
         if (
-            segment.snapshot(index, Snapshot.state) & 0xFFFFFFFF != states.ACTIVE
+            word & 0xFFFFFFFF != states.ACTIVE
             or segment.snapshot(index, Snapshot.serial) != target.serial
             or not segment.snapshot(index, Snapshot.background)
-            or segment.snapshot(index, Snapshot.background_error)
+            or states.split_error(segment.snapshot(index, Snapshot.background_error), word >> 32) is not None
         ):
             return SLEEP_NS
         cursor = segment.snapshot(index, Snapshot.cursor)
@@ -283,8 +284,8 @@ class CopyWorker:
             measured = (time.monotonic_ns() - started) / copied.written_bytes
             target.ns_per_byte += (measured - target.ns_per_byte) / 4
         if copied.error is not None:
-            word = states.error_word(copied.error.errno or errno.EIO, copied.failed_cluster)
-            segment.exchange_snapshot(index, Snapshot.background_error, 0, word)
+            number = copied.error.errno or errno.EIO
+            store_first_error(segment, index, Snapshot.background_error, word >> 32, number, copied.failed_cluster)
             segment.wake_coordinator()
         return 0
 

@@ -66,6 +66,7 @@ static inline void cpu_pause(void)
 int guard_install(void);
 int guarded_copy(void *to, const void *from, size_t length);
 int guarded_fill(void *to, size_t length);
+int guarded_is_equal(const void *first, const void *second, size_t length, bool *equal);
 int guarded_is_zero(const void *from, size_t length, bool *zero);
 PyObject *set_bus_error(const char *what, uint64_t offset, uint64_t length);
 

@@ -365,10 +365,20 @@ static int punch(int fd, uint64_t offset, uint64_t length)
     return result;
 }
 
-/* Step 6, the data.  Zeroes are a hole where the file can have one. */
-static int store_data(struct filter *self, const struct request *request)
+/* Step 6, the data.  Zeroes are a hole where the file can have one.  An unchanged write stores nothing: it is compared,
+ * for its caller may be wrong.  Another writer's data, or a cut, can come between the call and this step, and data that
+ * was equal then would be put back here without a copy and without a mark (the model shows it).  A difference makes it
+ * an ordinary write. */
+static int store_data(struct filter *self, struct request *request)
 {
     uint8_t *target = (uint8_t *)self->image.buf + request->offset;
+    if (request->kind == KIND_UNCHANGED) {
+        bool equal = false;
+        int failed = guarded_is_equal(target, request->data, request->length, &equal);
+        if (!failed && !equal)
+            request->kind = KIND_DATA;
+        return failed;
+    }
     if (request->kind != KIND_ZEROES)
         return guarded_copy(target, request->data, request->length);
     return punch(self->fd, request->offset, request->length) == 0 ? 0 : guarded_fill(target, request->length);
@@ -422,7 +432,8 @@ static int try_write(struct filter *self, struct request *request)
         atomic_store_explicit(in_flight, 0, memory_order_release);
         return wait_gate(self, thread, epoch);
     }
-    if (request->kind != KIND_UNCHANGED) {
+    bool unchanged = request->kind == KIND_UNCHANGED;
+    if (!unchanged) {
         uint64_t c = first;                        /* step 3 */
         while (c < end && atomic_load_explicit(shared->epoch_map + c, memory_order_acquire) == epoch)
             c++;
@@ -453,6 +464,8 @@ static int try_write(struct filter *self, struct request *request)
     atomic_store_explicit(in_flight, 0, memory_order_release);
     if (__builtin_expect(failed, 0))
         return refuse(self, REASON_FAULT, request->offset, request->length);
+    if (__builtin_expect(unchanged && request->kind != KIND_UNCHANGED, 0))
+        return 0;
     count_write(self, thread, request, first_touch);
     return 1;
 }

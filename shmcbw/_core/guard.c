@@ -15,6 +15,7 @@
 #include <signal.h>
 #include <stdio.h>
 #include <string.h>
+#include <unistd.h>
 
 struct guard {
     sigjmp_buf jump;
@@ -36,9 +37,13 @@ static void on_sigbus(int number, siginfo_t *info, void *context)
 {
     struct guard *guard = current_guard;
     const uint8_t *address = info->si_addr;
-    /* si_code > 0: raised by the kernel for a fault, not sent by kill(). */
-    if (guard != NULL && info->si_code > 0 &&
-        (within(address, guard->first, guard->length) || within(address, guard->second, guard->length))) {
+    /* si_code > 0: raised by the kernel for a fault.  A handler that was installed after ours (faulthandler) gets the
+     * fault first, reports it, puts ours back and raises the signal again: sent by this thread to itself, in the middle
+     * of a guarded copy, it is that. */
+    bool fault = info->si_code > 0 && guard != NULL &&
+                 (within(address, guard->first, guard->length) || within(address, guard->second, guard->length));
+    bool again = info->si_code == SI_TKILL && info->si_pid == getpid() && guard != NULL;
+    if (fault || again) {
         current_guard = NULL;
         siglongjmp(guard->jump, 1);
     }
@@ -109,6 +114,19 @@ static bool is_zero(const uint8_t *from, size_t length)
         if (from[i] != 0)
             return false;
     return length <= 16 || memcmp(from, from + 16, length - 16) == 0;
+}
+
+int guarded_is_equal(const void *first, const void *second, size_t length, bool *equal)
+{
+    struct guard guard = {.first = first, .second = second, .length = length};
+    if (sigsetjmp(guard.jump, 0) != 0)
+        return -1;
+    current_guard = &guard;
+    atomic_signal_fence(memory_order_seq_cst);
+    *equal = memcmp(first, second, length) == 0;
+    atomic_signal_fence(memory_order_seq_cst);
+    current_guard = NULL;
+    return 0;
 }
 
 int guarded_is_zero(const void *from, size_t length, bool *zero)

@@ -88,3 +88,25 @@ def test_the_handler_before_ours_gets_other_faults(tmp_path: Path) -> None:
     assert done.stdout == b"guarded\n"
     assert b"Fatal Python error: Bus error" in done.stderr
     assert done.returncode == -signal.SIGBUS
+
+
+LATER = """
+import faulthandler, mmap, sys
+from shmcbw import _core
+faulthandler.enable()
+with open(sys.argv[1], "w+b") as file:
+    file.truncate(8192)
+    memory = mmap.mmap(file.fileno(), 8192)
+    file.truncate(0)
+for _ in range(2):
+    try:
+        _core.is_zero(memory, 0, 8192)
+    except OSError:
+        print("guarded", flush=True)
+"""
+
+
+def test_a_handler_that_came_after_ours_does_not_kill(tmp_path: Path) -> None:
+    """faulthandler, enabled after the import, reports the fault and passes it on; the process lives."""
+    done = subprocess.run([sys.executable, "-c", LATER, str(tmp_path / "f")], capture_output=True, check=False)
+    assert (done.returncode, done.stdout) == (0, b"guarded\nguarded\n")

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from shmcbw.workers import Coordinator
 
 import shmcbw
-from shmcbw.snapshots import Extent
+from shmcbw.layout import Snapshot
+from shmcbw.snapshots import Extent, break_snapshot, store_first_error
 from tests.processes import running, write_forever
 
 SIZE = 4 << 20
@@ -137,3 +138,31 @@ def test_a_source_truncated_under_the_snapshot_is_an_error(image: Path, tmp_path
         with pytest.raises(OSError, match="truncated"):
             snapshot.pread(100, 1 << 20)
         assert len(snapshot.pread(100, 0)) == 100
+
+
+def test_an_error_for_the_entrys_last_snapshot_does_not_break_the_next_one(image: Path, tmp_path: Path) -> None:
+    """Whoever breaks a snapshot may sleep between its look and its store, while the entry is used again."""
+    with Coordinator(image, workers=1) as coordinator:
+        segment = coordinator._segment
+        with coordinator.snapshot(tmp_path / "first"):
+            odd = segment.snapshot(0, Snapshot.state) >> 32
+        with coordinator.snapshot(tmp_path / "second") as snapshot:
+            assert store_first_error(segment, 0, Snapshot.broken, odd, errno.EIO, 1)
+            expected = snapshot.pread(SIZE, 0)
+            serial = segment.snapshot(0, Snapshot.serial)
+            break_snapshot(segment, 0, serial - 1, errno.EIO, 1)
+            assert snapshot.pread(SIZE, 0) == expected
+            break_snapshot(segment, 0, serial, errno.ENOSPC, 2)
+            break_snapshot(segment, 0, serial, errno.EIO, 3)
+            with pytest.raises(shmcbw.SnapshotBrokenError) as caught:
+                snapshot.pread(1, 0)
+            assert (caught.value.errno, caught.value.cluster) == (errno.ENOSPC, 2)
+
+
+def test_a_reader_of_a_dropped_snapshot_does_not_read_the_next_one(image: Path, tmp_path: Path) -> None:
+    with Coordinator(image, workers=1) as coordinator:
+        first = coordinator.snapshot(tmp_path / "first")
+        coordinator.drop_snapshot(first._entry)
+        with coordinator.snapshot(tmp_path / "second"), pytest.raises(shmcbw.ClosedError):
+            first.pread(1, 0)
+        first.close()

@@ -32,7 +32,7 @@ def test_words_that_different_sides_write_do_not_share_a_cache_line() -> None:
     assert Header.epoch.offset // 64 not in others
 
 
-@given(st.integers(1, 1 << 44), st.sampled_from([4096, 65536, 1 << 21]), st.integers(1, 200), st.integers(8, 239))
+@given(st.integers(1, 1 << 43), st.sampled_from([4096, 65536, 1 << 21]), st.integers(1, 200), st.integers(8, 239))
 def test_the_core_accepts_every_geometry(image: int, cluster: int, slots: int, workers: int) -> None:
     geometry = Geometry(image, cluster, slots, workers)
     handed = geometry.core_layout()
