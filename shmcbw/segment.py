@@ -36,7 +36,7 @@ import posix_ipc
 from . import _core
 from .errors import ForeignSegmentError, LayoutVersionError, NoCoordinatorError, ShmcbwError
 from .image import Identity
-from .layout import MAGIC, VERSION, WORKER_ID_MAX, Geometry, Header, Word
+from .layout import MAGIC, SNAPSHOT_COUNT, VERSION, WORKER_ID_MAX, Geometry, Header, Snapshot, Word
 
 SHM = Path("/dev/shm")
 COORDINATOR = 0
@@ -505,3 +505,38 @@ def _send_workers_away(fd: int, name: str) -> None:
             pool.post()
     except OSError:
         pass
+
+
+def sweep() -> list[str]:
+    """Remove segments of our own that nobody holds and nobody can need: the names of those.
+
+    Nobody holds it: all its locks are free.  Nobody can need it: it has no snapshot that a coordinator could go on
+    with, or its image is not there any more.
+    """
+    removed = []
+    for file in sorted(os.listdir(SHM)):
+        if not file.startswith("shmcbw-") or "." in file:
+            continue
+        try:
+            device, inode = (int(part, 16) for part in file.split("-")[1:])
+            segment = attach(Identity(device, inode), None, os.geteuid())
+        except (ShmcbwError, OSError, ValueError):
+            continue
+        try:
+            if os.fstat(segment.fd).st_uid == os.geteuid() and _try_lock_all(segment.fd) and _unneeded(segment):
+                unlink_all(segment.identity)
+                removed.append(segment.name)
+        finally:
+            segment.close()
+    return removed
+
+
+def _unneeded(segment: Segment) -> bool:
+    states = [segment.snapshot(index, Snapshot.state) & 0xFFFFFFFF for index in range(SNAPSHOT_COUNT)]
+    if not any(states):
+        return segment.linked()
+    try:
+        there = Identity.of(os.stat(segment.text(Header.image_path.offset, Header.image_path)))
+    except (OSError, ShmcbwError):
+        return segment.linked()
+    return there != segment.identity and segment.linked()

@@ -42,6 +42,7 @@ from shmcbw.segment import (
     attach,
     create,
     discard_unused,
+    sweep,
     unlink_all,
 )
 from shmcbw.slots import reap_slot
@@ -146,6 +147,8 @@ class Coordinator:
         self._slots_looked_s = 0.0
         self._pid = os.getpid()
         self._image = ImageFile.open(image, writable=False)
+        for name in sweep():
+            log.info("removed %s, which nobody used any more", name)
         try:
             geometry = Geometry(
                 self._image.size_bytes,

@@ -38,8 +38,8 @@ CHUNK_MAX_BYTES = 1 << 20
 CHUNK_TIME_NS = 2_000_000
 HOLE_CHUNK_CLUSTERS = 1 << 16
 AHEAD_MAX_BYTES = 1 << 20
-SPIN_MAX_NS = 300_000
-SPIN_MIN_NS = 5_000
+HOT_NS = 200_000
+COLD_AFTER = 4
 SLEEP_NS = 1_000_000_000
 GRACE_S = 5.0
 BUDGET_BURST_NS = 100_000_000
@@ -72,7 +72,8 @@ class CopyWorker:
         self.pool = segment.semaphore("pool")
         self.targets: dict[int, Target] = {}
         self.turn = 0
-        self.spin_ns = 100_000
+        self.served_ns = 0
+        self.in_vain = 0
         self.may_spin = len(os.sched_getaffinity(0)) > 1
         self.orphan_since: float | None = None
         self.checked_s = 0.0
@@ -102,20 +103,17 @@ class CopyWorker:
         self._set_state(AWAY)
 
     def _look(self, limit: int) -> tuple[int, int, int, int, int, int] | None:
-        """Spin for a bounded time; the bound follows whether spinning has been paying off."""
-        if not self.may_spin or self.spin_ns == 0 or self._somebody_looks():
-            return None
-        wanted = self.copier.claim_wanted(limit, self.spin_ns)
-        if wanted is not None:
-            self.spin_ns = min(SPIN_MAX_NS, 2 * self.spin_ns)
-        else:
-            self.spin_ns = self.spin_ns // 2 if self.spin_ns > SPIN_MIN_NS else 0
-        return wanted
+        """Stay hot for a short while after the last request: waking costs more than the copy.
 
-    def _somebody_looks(self) -> bool:
-        """One worker that spins is enough; more of them would take CPUs from writers."""
-        ids = range(1, self.segment.geometry.worker_count + 1)
-        return any(i != self.worker_id and self.segment.worker(i, Worker.state) == LOOKING for i in ids)
+        Windows that end in vain make it stop; a post that comes so soon after we fell asleep that a spin would have
+        caught it makes it begin again.
+        """
+        left = self.served_ns + HOT_NS - time.monotonic_ns()
+        if not self.may_spin or left <= 0 or self.in_vain >= COLD_AFTER:
+            return None
+        wanted = self.copier.claim_wanted(limit, left)
+        self.in_vain = 0 if wanted is not None else self.in_vain + 1
+        return wanted
 
     def _sleep(self, limit: int, wait_ns: int) -> tuple[int, int, int, int, int, int] | None:
         """Say ASLEEP, look once more, sleep.  A writer publishes its want, then loads our state: one sees the other."""
@@ -128,8 +126,8 @@ class CopyWorker:
         self.segment.set_worker(self.worker_id, Worker.sleeps, self.segment.worker(self.worker_id, Worker.sleeps) + 1)
         posted = self.pool.wait(min(wait_ns, SLEEP_NS))
         self._set_state(BUSY)
-        if posted:
-            self.spin_ns = max(self.spin_ns, 50_000)
+        if posted and time.monotonic_ns() - self.served_ns < 2 * HOT_NS:
+            self.in_vain = 0
         self._check_coordinator()
         return None
 
@@ -140,12 +138,14 @@ class CopyWorker:
         _core.add_u64(self.segment.memory, self.segment.geometry.worker(self.worker_id, getattr(Worker, word)), 1)
 
     def _check_coordinator(self) -> None:
-        """An orphan leaves when no coordinator has come within the grace time and no snapshot needs it."""
+        """An orphan leaves when no coordinator has come within the grace time and no snapshot needs it, or the image is
+        deleted, so that none can come."""
         now = time.monotonic()
         if now - self.checked_s < 0.5:
             return
         self.checked_s = now
-        if self.segment.locked(COORDINATOR) or self.targets:
+        deleted = os.fstat(self.source.file.fd).st_nlink == 0
+        if self.segment.locked(COORDINATOR) or (self.targets and not deleted):
             self.orphan_since = None
         elif self.orphan_since is None:
             self.orphan_since = now
@@ -208,6 +208,7 @@ class CopyWorker:
         copied = self._copy(target, first, end, COPIED_FOR_WRITER)
         self._count("wanted_chunks")
         self._charge(target, copied.written_bytes)
+        self.served_ns = time.monotonic_ns()
         if copied.error is not None:
             self.copier.deliver_error(
                 slot, sequence, want_first, index, copied.failed_cluster, copied.error.errno or errno.EIO
@@ -236,14 +237,10 @@ class CopyWorker:
     def _copy_background_chunk(self) -> int:
         """One chunk for one snapshot, in turn.  0: did some work; else how long (ns) there will be none."""
         wait_ns = SLEEP_NS
-        for turn in range(SNAPSHOT_COUNT):
-            index = (self.turn + turn) % SNAPSHOT_COUNT
-            target = self.targets.get(index)
-            if target is None:
-                continue
+        for target in sorted(self.targets.values(), key=lambda target: (target.index - self.turn) % SNAPSHOT_COUNT):
             answer = self._chunk_of(target)
             if answer == 0:
-                self.turn = index + 1
+                self.turn = target.index + 1
                 return 0
             wait_ns = min(wait_ns, answer)
         return wait_ns

@@ -70,6 +70,15 @@ static bool claim_wanted(struct copier *self, uint64_t limit, struct found *foun
     return false;
 }
 
+/* One worker that spins is enough; more of them would take CPUs from writers. */
+static bool somebody_looks(const struct copier *self)
+{
+    for (uint64_t worker = 0; worker < self->shared.worker_count; worker++)
+        if (worker + 1 != self->worker && atomic_load(worker_state(&self->shared, worker)) == WORKER_LOOKING)
+            return true;
+    return false;
+}
+
 /* claim_wanted(limit, spin_ns) -> (slot, sequence, want_first, snapshot, first, end), or None.  With a spin the worker
  * is LOOKING; without one its state stays what it is (the last look of one that has said ASLEEP); a find makes it BUSY. */
 static PyObject *copier_claim_wanted(PyObject *object, PyObject *args)
@@ -85,7 +94,7 @@ static PyObject *copier_claim_wanted(PyObject *object, PyObject *args)
         return PyErr_Format(PyExc_ValueError, "claim_wanted: no limit, or not set up");
     word32 *state = worker_state(&self->shared, self->worker - 1);
     claimed = claim_wanted(self, limit, &found);
-    if (!claimed && spin_ns != 0) {
+    if (!claimed && spin_ns != 0 && !somebody_looks(self)) {
         Py_BEGIN_ALLOW_THREADS
         atomic_store(state, WORKER_LOOKING);
         uint64_t end_ns = now_ns() + spin_ns;

@@ -40,11 +40,9 @@ enum kind { KIND_DATA, KIND_UNCHANGED, KIND_ZEROES };
 enum look { LOOK_READY, LOOK_BLOCKED, LOOK_UNMAPPED };
 
 enum {
-    SPIN_START_NS = 50 * 1000,
-    SPIN_MAX_NS = 100 * 1000,
-    SPIN_MIN_NS = 2 * 1000,
-    SPIN_PROBE_NS = 20 * 1000,
-    SPIN_PROBE_EVERY = 32,
+    SPIN_START_NS = 150 * 1000,
+    SPIN_MAX_NS = 300 * 1000,
+    SPIN_MIN_NS = 5 * 1000,
     SLEEP_SLICE_NS = 100 * 1000 * 1000,
     GATE_SLICE_NS = 10 * 1000 * 1000,
     LONG_COPY_BYTES = 128 * 1024,
@@ -55,8 +53,7 @@ struct thread_slot {
     uint64_t index;
     sem_t *semaphore;
     PyObject *semaphore_object;
-    uint64_t spin_ns;     /* adapts to whether spinning has been paying off */
-    unsigned int sleeps;  /* waits without a spin since the last probe */
+    uint64_t spin_ns; /* adapts to whether spinning has been, or would have been, paying off */
 };
 
 struct filter {
@@ -180,31 +177,15 @@ static enum waited look_at_want(const struct filter *self, struct bitmap_view *c
     return look(&self->shared, bitmaps, first, end, index, cluster) == LOOK_BLOCKED ? WAITED_BLOCKED : WAITED_READY;
 }
 
-static uint64_t spin_budget(const struct filter *self, struct thread_slot *thread)
+/* A wait ended after needed_ns: had we spun for that long, a wake-up (the dearer part of a short wait) would have been
+ * saved.  Where there are fewer CPUs than runnable processes the spin keeps the worker from running: then waits are long
+ * and spins fail, and the bound goes to nothing. */
+static void adapt_spin(struct thread_slot *thread, uint64_t needed_ns, bool spun_in_vain)
 {
-    if (!self->may_spin)
-        return 0;
-    if (thread->spin_ns != 0)
-        return thread->spin_ns;
-    if (++thread->sleeps < SPIN_PROBE_EVERY)
-        return 0;
-    thread->sleeps = 0;
-    return SPIN_PROBE_NS;
-}
-
-static void spin_paid(struct thread_slot *thread, uint64_t needed_ns)
-{
-    uint64_t wanted = 2 * needed_ns + SPIN_MIN_NS;
-    thread->spin_ns = wanted > thread->spin_ns ? wanted : (thread->spin_ns + wanted) / 2;
-    if (thread->spin_ns > SPIN_MAX_NS)
-        thread->spin_ns = SPIN_MAX_NS;
-}
-
-static void spin_failed(struct thread_slot *thread)
-{
-    thread->spin_ns /= 2;
-    if (thread->spin_ns < SPIN_MIN_NS)
-        thread->spin_ns = 0;
+    if (spun_in_vain)
+        thread->spin_ns = thread->spin_ns / 2 < SPIN_MIN_NS ? 0 : thread->spin_ns / 2;
+    else if (needed_ns < SPIN_MAX_NS)
+        thread->spin_ns = needed_ns * 2 < SPIN_START_NS ? SPIN_START_NS : SPIN_MAX_NS;
 }
 
 /* Of the snapshots that lack a cluster of the range, the one whose timeout ends first: its index, or -1. */
@@ -270,7 +251,8 @@ static int await_copies(struct filter *self, struct thread_slot *thread, struct 
     publish_want(shared, slot, first, end, &sequence);
     ring(self, false);
     for (;;) {
-        uint64_t budget_ns = spin_budget(self, thread), started_ns = now_ns();
+        uint64_t budget_ns = self->may_spin ? thread->spin_ns : 0, started_ns = now_ns();
+        bool in_vain = false;
         Py_BEGIN_ALLOW_THREADS
         waited = look_at_want(self, bitmaps, slot, sequence, first, end, &error, &index, &cluster);
         for (unsigned int turn = 0; waited == WAITED_BLOCKED && budget_ns != 0; turn++) {
@@ -279,12 +261,8 @@ static int await_copies(struct filter *self, struct thread_slot *thread, struct 
             if (turn % 16 == 15 && now_ns() - started_ns >= budget_ns)
                 break;
         }
-        if (waited != WAITED_BLOCKED) {
-            if (budget_ns != 0)
-                spin_paid(thread, now_ns() - started_ns);
-        } else {
-            if (budget_ns != 0)
-                spin_failed(thread);
+        if (waited == WAITED_BLOCKED) {
+            in_vain = budget_ns != 0;
             late = earliest_deadline(self, bitmaps, first, end, request->wait_started_ns, &deadline_ns);
             uint64_t now = now_ns(), slice_ns = SLEEP_SLICE_NS;
             if (late >= 0 && deadline_ns <= now)
@@ -303,6 +281,7 @@ static int await_copies(struct filter *self, struct thread_slot *thread, struct 
                 atomic_store(asleep, 0);
             }
         }
+        adapt_spin(thread, now_ns() - started_ns, in_vain);
         Py_END_ALLOW_THREADS
         if (waited != WAITED_BLOCKED || !self->open)
             break;

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from shmcbw.workers import Coordinator
 
@@ -252,3 +253,38 @@ def test_a_full_dev_shm_is_an_error_at_creation_and_nothing_is_left(image: Path)
     )
     assert done.stdout.startswith("28 can't allocate"), done.stderr
     assert done.stdout.endswith("[]\n")
+
+
+def test_the_next_coordinator_of_any_image_sweeps_what_nobody_can_need(
+    make_image: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The coordinator has closed, its last writer was killed, the image was deleted: nobody is left to clean up."""
+    gone, other = make_image(SIZE, "gone.img"), make_image(SIZE, "other.img")
+    with running(write_forever, str(gone), 1) as writer:
+        with Coordinator(gone, workers=1) as coordinator:
+            wait_for(lambda: any(s["writes"] for s in coordinator.status()["slots"]), "a writer", 20)
+        file = segment_file(gone)
+        with Coordinator(other, workers=1):
+            assert file.exists(), "a living writer's segment stays"
+        os.kill(writer.pid or 0, signal.SIGKILL)
+        writer.join()
+    assert file.exists()
+    gone.unlink()
+    with Coordinator(other, workers=1):
+        assert not file.exists()
+
+
+def test_orphans_of_a_deleted_image_leave_although_a_backup_is_unfinished(image: Path, tmp_path: Path) -> None:
+    owner = start_owner(image, str(tmp_path / "out"))
+    file = segment_file(image)
+    owner.kill()
+    owner.wait()
+    image.unlink()
+    wait_for(
+        lambda: not [p for p in psutil.process_iter(["cmdline"]) if str(image) in (p.info["cmdline"] or [])],
+        "the orphans leave",
+        20,
+    )
+    (tmp_path / "other.img").write_bytes(bytes(SIZE))
+    with Coordinator(tmp_path / "other.img", workers=1):
+        assert not file.exists()
