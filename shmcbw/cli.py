@@ -243,7 +243,7 @@ def _attach(path: str) -> Any:
 
     image = ImageFile.open(path, writable=False)
     try:
-        return attach(image.identity, image.size_bytes, os.fstat(image.fd).st_uid)
+        return attach(image)
     except ShmcbwError as error:
         if isinstance(error, OSError) and path not in str(error.strerror):
             raise type(error)(error.errno, f"{path}: {error.strerror}") from None

@@ -168,9 +168,8 @@ class Disk(_core.Filter):
     def _attach(self) -> None:
         """Attach to the image's segment.  NoCoordinatorError if nobody owns it."""
         image = self._image
-        owner = os.fstat(image.fd).st_uid
         for _ in range(_ATTACH_TRIES):
-            segment = attach(image.identity, image.size_bytes, owner)
+            segment = attach(image)
             try:
                 if not segment.locked(COORDINATOR):
                     raise NoCoordinatorError(

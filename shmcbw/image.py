@@ -12,6 +12,7 @@ import os
 import stat
 from typing import NamedTuple
 
+from . import _core
 from .errors import ImageError, ReadOnlyImageError
 
 #: File systems whose SEEK_DATA also reports pages that are dirty in a mapping (statfs magic numbers): ext2/3/4,
@@ -46,6 +47,8 @@ class ImageFile:
         self.identity = identity
         self.size_bytes = size_bytes
         self.writable = writable
+        self.birth_ns = _core.birth_ns(fd)
+        self.owner = os.fstat(fd).st_uid
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, writable: bool) -> ImageFile:

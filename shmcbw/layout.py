@@ -62,6 +62,9 @@ class Header:
     cuts_abandoned = Word(144, 8, "coordinator lock", "status", "cuts given up at their limit")
     epoch = Word(192, 4, "coordinator; compare-and-swap", "writers", "even: open, odd: drained section")
     drain_deadline_ns = Word(256, 8, "coordinator lock", "gated writers", "monotonic clock")
+    image_birth_ns = Word(
+        264, 8, "creator", "all", "when the image was made: inode numbers are used again.  0: unknown"
+    )
     image_path = Word(512, 3584, "coordinator lock", "status", "for messages, ends with NUL")
 
 

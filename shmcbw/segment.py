@@ -35,7 +35,7 @@ import posix_ipc
 
 from . import _core
 from .errors import ForeignSegmentError, LayoutVersionError, NoCoordinatorError, ShmcbwError
-from .image import Identity
+from .image import Identity, ImageFile
 from .layout import MAGIC, SNAPSHOT_COUNT, VERSION, WORKER_ID_MAX, Geometry, Header, Snapshot, Word
 
 SHM = Path("/dev/shm")
@@ -305,11 +305,12 @@ def _close_in_child() -> None:
 os.register_at_fork(after_in_child=_close_in_child)
 
 
-def create(identity: Identity, geometry: Geometry, access: Access) -> Segment:
+def create(image: ImageFile, geometry: Geometry, access: Access) -> Segment:
     """Create a control segment and own it: the coordinator's lock is held when it becomes visible as finished.
 
     FileExistsError if there is one; OSError(ENOSPC) if /dev/shm is full.
     """
+    identity = image.identity
     name = segment_name(identity)
     fd = create_shared_memory(name, geometry.segment_size, access)
     segment = Segment(name, _lock_descriptor(fd), _map(fd, geometry.segment_size), geometry, identity)
@@ -323,6 +324,7 @@ def create(identity: Identity, geometry: Geometry, access: Access) -> Segment:
             segment.memory[word.offset : word.offset + word.size] = value
         segment.set_header(Header.image_device, identity.device)
         segment.set_header(Header.image_inode, identity.inode)
+        segment.set_header(Header.image_birth_ns, image.birth_ns)
         segment.set_header(Header.image_size, geometry.image_size)
         segment.set_header(Header.cluster_size, geometry.cluster_size)
         segment.set_header(Header.slot_count, geometry.slot_count)
@@ -367,12 +369,28 @@ def _create_semaphore(name: str, access: Access) -> None:
     access.apply(SHM / f"sem.{name[1:]}")
 
 
-def attach(identity: Identity, size_bytes: int | None, image_uid: int) -> Segment:
-    """Attach to the control segment of an image of ``size_bytes`` (None: whatever size it was made for).
+def attach(image: ImageFile) -> Segment:
+    """Attach to the control segment of an open image.
 
     Checks owner, size, magic, layout version, boot and image identity before anything else is touched.  Raises
-    NoCoordinatorError (there is none, or it is not finished), ForeignSegmentError, LayoutVersionError.
+    NoCoordinatorError (there is none, or it is not finished), ForeignSegmentError, LayoutVersionError, and
+    StaleSegmentError: another boot, or an image that was replaced or resized since.
     """
+    segment = attach_named(image.identity, image.owner)
+    size, birth = segment.geometry.image_size, segment.header(Header.image_birth_ns)
+    problem = ""
+    if size != image.size_bytes:
+        problem = f"an image of {size} bytes, the image has {image.size_bytes}"
+    elif birth != image.birth_ns:
+        problem = "another file, which had this file's inode number before"
+    if problem:
+        segment.close()
+        raise StaleSegmentError(f"{SHM}{segment.name} was made for {problem}")
+    return segment
+
+
+def attach_named(identity: Identity, owner: int) -> Segment:
+    """Attach to whatever image had this identity, `owner` being a uid that may own it beside us and root."""
     name = segment_name(identity)
     try:
         fd = open_shared_memory(name)
@@ -383,11 +401,11 @@ def attach(identity: Identity, size_bytes: int | None, image_uid: int) -> Segmen
     memory: mmap.mmap | None = None
     try:
         status = os.fstat(fd)
-        check_owner(status, image_uid, name)
+        check_owner(status, owner, name)
         if status.st_size < Header.SIZE:
             raise NoCoordinatorError(errno.EAGAIN, f"{SHM}{name} is not finished: its coordinator is starting, or died")
         memory = mmap.mmap(fd, status.st_size)
-        geometry = _check_header(memory, name, identity, size_bytes, status.st_size)
+        geometry = _check_header(memory, name, identity, status.st_size)
         return Segment(name, _lock_descriptor(fd), memory, geometry, identity)
     except BaseException:
         if memory is not None:
@@ -397,9 +415,7 @@ def attach(identity: Identity, size_bytes: int | None, image_uid: int) -> Segmen
         os.close(fd)
 
 
-def _check_header(
-    memory: mmap.mmap, name: str, identity: Identity, size_bytes: int | None, segment_bytes: int
-) -> Geometry:
+def _check_header(memory: mmap.mmap, name: str, identity: Identity, segment_bytes: int) -> Geometry:
     def number(word: Word) -> int:
         load = _core.load_u32 if word.size == 4 else _core.load_u64
         return load(memory, word.offset)
@@ -415,10 +431,13 @@ def _check_header(
         raise StaleSegmentError(f"{SHM}{name} was made before the last boot")
     if (number(Header.image_device), number(Header.image_inode)) != (identity.device, identity.inode):
         raise StaleSegmentError(f"{SHM}{name} was made for another image")
-    if (size := number(Header.image_size)) != size_bytes and size_bytes is not None:
-        raise StaleSegmentError(f"{SHM}{name} was made for an image of {size} bytes, the image has {size_bytes}")
     try:
-        geometry = Geometry(size, number(Header.cluster_size), number(Header.slot_count), number(Header.worker_count))
+        geometry = Geometry(
+            number(Header.image_size),
+            number(Header.cluster_size),
+            number(Header.slot_count),
+            number(Header.worker_count),
+        )
     except ValueError as error:
         raise ForeignSegmentError(errno.EINVAL, f"{SHM}{name}: {error}") from None
     if geometry.segment_size != segment_bytes:
@@ -519,7 +538,7 @@ def sweep() -> list[str]:
             continue
         try:
             device, inode = (int(part, 16) for part in file.split("-")[1:])
-            segment = attach(Identity(device, inode), None, os.geteuid())
+            segment = attach_named(Identity(device, inode), os.geteuid())
         except (ShmcbwError, OSError, ValueError):
             continue
         try:

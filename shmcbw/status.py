@@ -15,7 +15,7 @@ from .epochs import epoch
 from .errors import ShmcbwError
 from .image import Identity
 from .layout import SNAPSHOT_COUNT, Header, Slot, Snapshot, Worker
-from .segment import COORDINATOR, SHM, Segment, attach
+from .segment import COORDINATOR, SHM, Segment, attach_named
 from .snapshots import broken_error, state_of, target_path
 
 
@@ -28,7 +28,7 @@ def describe_all() -> list[dict[str, Any]]:
             continue
         try:
             device, inode = (int(part, 16) for part in name.split("-")[1:])
-            segment = attach(Identity(device, inode), None, os.geteuid())
+            segment = attach_named(Identity(device, inode), os.geteuid())
         except (ShmcbwError, OSError, ValueError) as error:
             found.append({"segment": "/" + name, "error": str(error)})
             continue

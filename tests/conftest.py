@@ -14,7 +14,7 @@ import pytest
 from shmcbw.errors import ShmcbwError
 from shmcbw.image import Identity
 from shmcbw.layout import Header
-from shmcbw.segment import COORDINATOR, attach
+from shmcbw.segment import COORDINATOR, attach_named
 
 SHM = Path("/dev/shm")
 
@@ -28,7 +28,7 @@ def _of_others(name: str) -> bool:
     control = name.removeprefix("sem.").partition(".")[0]
     try:
         device, inode = (int(part, 16) for part in control.split("-")[1:])
-        segment = attach(Identity(device, inode), None, os.geteuid())
+        segment = attach_named(Identity(device, inode), os.geteuid())
     except (OSError, ValueError, ShmcbwError):
         return False
     try:

@@ -605,22 +605,21 @@ def _own_segment(
     image: ImageFile, geometry: Geometry, access: Access, cluster_size: int | None, slots: int | None
 ) -> tuple[Segment, bool]:
     """Create the image's segment, or take over the one that a dead coordinator left: (segment, adopted)."""
-    owner = os.fstat(image.fd).st_uid
     for _ in range(100):
         try:
-            return create(image.identity, geometry, access), False
+            return create(image, geometry, access), False
         except FileExistsError:
             pass
         try:
-            segment = attach(image.identity, image.size_bytes, owner)
+            segment = attach(image)
         except NoCoordinatorError as error:
             # Gone meanwhile, or not finished: its creator is at work or dead.
             if error.errno == errno.EAGAIN:
-                discard_unused(image.identity, owner)
+                discard_unused(image.identity, image.owner)
             continue
         except (StaleSegmentError, LayoutVersionError) as error:
             log.warning("%s: discarded if nobody uses it", error)
-            discard_unused(image.identity, owner)
+            discard_unused(image.identity, image.owner)
             continue
         if not segment.try_lock(COORDINATOR):
             pid = segment.header(Header.coordinator_pid)

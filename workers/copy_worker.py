@@ -360,7 +360,7 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         source = Source(path)
-        segment = attach(source.file.identity, source.size_bytes, os.fstat(source.file.fd).st_uid)
+        segment = attach(source.file)
     except (ShmcbwError, OSError) as error:
         print(f"shmcbw copy worker {worker_id}: {error}", file=sys.stderr)
         return 1

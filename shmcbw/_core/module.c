@@ -2,6 +2,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <sys/stat.h>
 #include <sys/vfs.h>
 
 /* file_system(fd) -> the statfs magic number; os.statvfs does not hand it out. */
@@ -39,7 +40,24 @@ static PyObject *core_punch_hole(PyObject *module, PyObject *args)
     return PyErr_Occurred() ? NULL : PyErr_SetFromErrno(PyExc_OSError);
 }
 
+/* birth_ns(fd) -> when the file was made, wall clock; 0 where the file system does not say. */
+static PyObject *core_birth_ns(PyObject *module, PyObject *argument)
+{
+    struct statx status;
+    (void)module;
+    int fd = (int)PyLong_AsLong(argument);
+    if (fd == -1 && PyErr_Occurred())
+        return NULL;
+    if (statx(fd, "", AT_EMPTY_PATH, STATX_BTIME, &status) != 0)
+        return PyErr_SetFromErrno(PyExc_OSError);
+    if (!(status.stx_mask & STATX_BTIME))
+        return PyLong_FromLong(0);
+    return PyLong_FromUnsignedLongLong((unsigned long long)status.stx_btime.tv_sec * 1000000000u +
+                                       status.stx_btime.tv_nsec);
+}
+
 static PyMethodDef module_methods[] = {
+    {"birth_ns", core_birth_ns, METH_O, NULL},
     {"punch_hole", core_punch_hole, METH_VARARGS, NULL},
     {"file_system", core_file_system, METH_O, NULL},
     {NULL, NULL, 0, NULL},

@@ -221,7 +221,7 @@ def test_statistics_count_writes_and_first_touches(disk: shmcbw.Disk) -> None:
     disk.pwrite(b"x" * 10, 0)
     disk.pwrite(b"x" * 10, 0)
     disk.pwrite(b"x" * 10, 70_000)
-    disk.pwrite(b"x" * 10, 140_000, unchanged=True)
+    disk.pwrite(disk.pread(10, 140_000), 140_000, unchanged=True)
     found = disk.statistics()
     assert (found["writes"], found["write_bytes"], found["first_touches"], found["wait_count"]) == (4, 40, 2, 0)
 

@@ -166,6 +166,22 @@ def test_an_image_that_was_resized_is_served_anew_and_the_orphans_are_sent_away(
     assert not (tmp_path / "out").exists()
 
 
+def test_an_image_that_only_has_the_inode_number_of_the_old_one_is_another_image(image: Path, tmp_path: Path) -> None:
+    """The image was deleted with an unfinished backup, and a new file got its inode number: nothing is adopted."""
+    owner = start_owner(image, str(tmp_path / "out"))
+    with segment_file(image).open("r+b") as file:
+        file.seek(Header.image_birth_ns.offset)
+        assert int.from_bytes(file.read(8), "little") > 0
+        file.seek(Header.image_birth_ns.offset)
+        file.write((1).to_bytes(8, "little"))
+    owner.kill()
+    owner.wait()
+    with pytest.raises(shmcbw.ShmcbwError, match="inode number"):
+        shmcbw.open(image)
+    with Coordinator(image, workers=1) as coordinator:
+        assert coordinator.jobs == []
+
+
 def test_a_writer_in_a_segment_that_does_not_fit_any_more_is_not_overrun(image: Path) -> None:
     owner = start_owner(image)
     with shmcbw.open(image):
