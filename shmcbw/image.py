@@ -47,8 +47,10 @@ class ImageFile:
         self.identity = identity
         self.size_bytes = size_bytes
         self.writable = writable
-        self.birth_ns = _core.birth_ns(fd)
-        self.owner = os.fstat(fd).st_uid
+        status = os.fstat(fd)
+        self.owner = status.st_uid
+        #: A block device has several nodes, made at different times; its number is its identity.
+        self.birth_ns = 0 if stat.S_ISBLK(status.st_mode) else _core.birth_ns(fd)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, writable: bool) -> ImageFile:
