@@ -10,13 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from shmcbw.workers import Coordinator
 
 import shmcbw
 from shmcbw.bitmap import Bitmap
 from shmcbw.invariants import check
 from shmcbw.layout import Slot
 from shmcbw.segment import worker_byte
+from shmcbw.workers import Coordinator
 from tests.conftest import wait_for
 from tests.processes import continue_all, running, stop_all, write_forever, write_once
 

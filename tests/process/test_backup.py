@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from shmcbw.workers import Coordinator
 
 import shmcbw
+from shmcbw.workers import Coordinator
 from tests.processes import running, write_forever, write_pairs_forever
 
 K = 1024

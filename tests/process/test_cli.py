@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from shmcbw.workers import Coordinator
 
 import shmcbw
 from shmcbw.layout import Header
+from shmcbw.workers import Coordinator
 from tests.conftest import wait_for
 
 SIZE = 4 << 20

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from shmcbw.workers import Coordinator
 
 import shmcbw
 from shmcbw import _core
 from shmcbw.epochs import advance, epoch
 from shmcbw.layout import Header, Slot
+from shmcbw.workers import Coordinator
 from tests.conftest import wait_for
 from tests.processes import CONTEXT, running, write_forever
 

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from shmcbw.workers import demo
 from shmcbw.workers.demo import run_demo
 from shmcbw.workers.stamps import BLOCK_SIZE, Layout, Log, Unit, Verdict, check, make_unit
-
 from tests.conftest import wait_for
 
 M = 1 << 20

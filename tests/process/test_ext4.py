@@ -18,9 +18,9 @@ from multiprocessing.connection import Connection as Pipe
 from pathlib import Path
 
 import pytest
-from shmcbw.workers import Coordinator
 
 import shmcbw
+from shmcbw.workers import Coordinator
 from tests.processes import CONTEXT, running
 
 SIZE_BYTES = 24 << 20

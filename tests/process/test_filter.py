@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from shmcbw.workers import Coordinator
 
 import shmcbw
+from shmcbw.workers import Coordinator
 
 SIZE = 1 << 20
 

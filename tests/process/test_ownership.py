@@ -11,12 +11,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from shmcbw.workers import Coordinator
 
 import shmcbw
 from shmcbw.image import Identity
 from shmcbw.layout import Header
 from shmcbw.segment import SHM, segment_name
+from shmcbw.workers import Coordinator
 from tests.conftest import wait_for
 from tests.processes import running, write_forever
 

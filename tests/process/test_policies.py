@@ -17,9 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from shmcbw.workers import Coordinator
 
 import shmcbw
+from shmcbw.workers import Coordinator
 from tests.conftest import wait_for
 from tests.processes import continue_all, stop_all
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from shmcbw.workers import Coordinator
 
 import shmcbw
 from shmcbw.layout import Snapshot
 from shmcbw.snapshots import Extent, break_snapshot, store_first_error
+from shmcbw.workers import Coordinator
 from tests.processes import running, write_forever
 
 SIZE = 4 << 20

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import apsw
 import pytest
+
 from shmcbw.workers import Coordinator
 from shmcbw.workers.jobs import Job
-
 from tests import bank
 from tests.conftest import wait_for
 from tests.processes import CONTEXT, running

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from shmcbw.workers import Coordinator
 
 import shmcbw
+from shmcbw.workers import Coordinator
 
 SIZE = 1 << 20
 
@@ -27,13 +27,13 @@ def coordinator(image: Path) -> Iterator[Coordinator]:
         yield coordinator
 
 
-def refused(coordinator: Coordinator, target: Path | str, number: int, **options: bool) -> str:
+def refused(coordinator: Coordinator, target: Path | str, number: int, *, overwrite: bool = False) -> str:
     """The backup is refused with this errno, and nothing has changed: no cut, no file, no entry."""
     directory = Path(target).parent
     before = sorted((p.name, p.stat().st_size) for p in directory.iterdir()) if directory.is_dir() else []
     epoch = coordinator.status()["epoch"]
     with pytest.raises(shmcbw.TargetRefusedError) as caught:
-        coordinator.backup(target, **options)
+        coordinator.backup(target, overwrite=overwrite)
     assert caught.value.errno == number
     status = coordinator.status()
     assert (status["epoch"], status["snapshots"]) == (epoch, [])
@@ -196,7 +196,12 @@ def test_a_target_through_a_symbolic_link_ends_behind_it(coordinator: Coordinato
 
 
 def test_bad_parameters_are_refused_before_anything_happens(coordinator: Coordinator, tmp_path: Path) -> None:
-    for options in ({"sync": "half"}, {"speed": -1}, {"cbw_timeout": -1}, {"on_cbw_error": "panic"}):
+    for refused_call in (
+        lambda: coordinator.backup(tmp_path / "out", sync="half"),
+        lambda: coordinator.backup(tmp_path / "out", speed=-1),
+        lambda: coordinator.backup(tmp_path / "out", cbw_timeout=-1),
+        lambda: coordinator.backup(tmp_path / "out", on_cbw_error="panic"),
+    ):
         with pytest.raises(ValueError):
-            coordinator.backup(tmp_path / "out", **options)  # type: ignore[arg-type]
+            refused_call()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["disk.img"]

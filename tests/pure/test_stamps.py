@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from shmcbw.workers.stamps import (
     BLOCK_SIZE,
     DATA,
