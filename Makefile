@@ -18,7 +18,7 @@ test: $(VENV)/.installed-test lint
 
 lint: $(VENV)/.installed-test types-tree
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff format --check shmcbw workers tests tools
 	MYPYPATH=build/types:typings $(BIN)/mypy -p shmcbw
 	MYPYPATH=build/types:typings $(BIN)/mypy tests tools
 
