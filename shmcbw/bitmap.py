@@ -25,7 +25,7 @@ import os
 from typing import NamedTuple
 
 from . import _core
-from .segment import Access, Segment, create_shared_memory, open_shared_memory, unlink_shared_memory
+from .segment import SHM, Access, Segment, create_shared_memory, open_shared_memory, unlink_shared_memory
 
 PENDING = 0
 COPIED = 240
@@ -52,6 +52,13 @@ class Counts(NamedTuple):
 
 def bitmap_name(segment: Segment, serial: int) -> str:
     return f"{segment.name}.{serial}"
+
+
+def bitmap_serials(segment: Segment) -> list[int]:
+    """The serial numbers of all bitmaps that have a name."""
+    prefix = segment.name[1:] + "."
+    names = [file.removeprefix(prefix) for file in os.listdir(SHM) if file.startswith(prefix)]
+    return [int(name) for name in names if name.isdigit()]
 
 
 class Bitmap:

@@ -116,6 +116,10 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("--json", action="store_true", help="print one JSON object")
     check.set_defaults(run=_check)
 
+    failpoints = commands.add_parser("failpoints", help="list the places where a test can make a process fail")
+    failpoints.add_argument("--json", action="store_true", help="print one JSON object")
+    failpoints.set_defaults(run=_failpoints)
+
     doctor = commands.add_parser("doctor", help="what this machine has of what shmcbw needs")
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
     doctor.set_defaults(run=_doctor)
@@ -319,6 +323,16 @@ def _check(options: argparse.Namespace) -> int:
     if not violations and not options.json:
         print(f"{options.image}: I1 to I6 and I8 hold")
     return 1 if violations else 0
+
+
+def _failpoints(options: argparse.Namespace) -> int:
+    from .failpoints import POINTS
+
+    if options.json:
+        print(json.dumps({"failpoints": [point._asdict() for point in POINTS]}))
+    else:
+        print("\n".join(f"{point.name:24} {point.protocol:10} {point.step}" for point in POINTS))
+    return 0
 
 
 def _doctor(options: argparse.Namespace) -> int:

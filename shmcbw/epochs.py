@@ -7,10 +7,12 @@ epoch odd; whoever gets there first makes it even again, always by compare-and-s
 from __future__ import annotations
 
 from . import _core
+from .failpoints import hit, index_of
 from .layout import SNAPSHOT_COUNT, Header, Snapshot
 from .segment import Segment
 from .states import ABANDONED, PREPARED, state_word
 
+_ENTRIES = index_of("gate.entries")
 EPOCH_MAX = 2**32 - 4
 
 
@@ -33,4 +35,5 @@ def abandon(segment: Segment, odd: int) -> None:
     """
     for index in range(SNAPSHOT_COUNT):
         segment.exchange_snapshot(index, Snapshot.state, state_word(PREPARED, odd), state_word(ABANDONED, odd))
+    hit(segment.failpoints, _ENTRIES)
     advance(segment, odd)

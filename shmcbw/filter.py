@@ -184,6 +184,7 @@ class Disk(_core.Filter):
                         image.writable,
                         segment.geometry.core_layout(),
                         segment.semaphore("pool"),
+                        *segment.failpoints,
                     )
                     self._segment = segment
                     return

@@ -24,6 +24,7 @@ WORKER_ID_MAX = 239
 WORKER_COUNT_MIN = 8
 HISTOGRAM_COUNT = 32
 PATH_SIZE = 4096
+FAILPOINT_COUNT = 63
 IMAGE_SIZE_MAX = 1 << 62
 
 
@@ -65,7 +66,8 @@ class Header:
     image_birth_ns = Word(
         264, 8, "creator", "all", "when the image was made: inode numbers are used again.  0: unknown"
     )
-    image_path = Word(512, 3584, "coordinator lock", "status", "for messages, ends with NUL")
+    image_path = Word(512, 3072, "coordinator lock", "status", "for messages, ends with NUL")
+    failpoints = Word(3584, 8 * (1 + FAILPOINT_COUNT), "who arms; who acts counts down", "all", "`failpoints.py`")
 
 
 class Worker:

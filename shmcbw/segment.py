@@ -33,7 +33,7 @@ from typing import NamedTuple
 
 import posix_ipc
 
-from . import _core
+from . import _core, failpoints
 from .errors import ForeignSegmentError, LayoutVersionError, NoCoordinatorError, ShmcbwError
 from .image import Identity, ImageFile
 from .layout import MAGIC, SNAPSHOT_COUNT, VERSION, WORKER_ID_MAX, Geometry, Header, Snapshot, Word
@@ -164,6 +164,7 @@ class Segment:
         self.geometry = geometry
         self.identity = identity
         self._semaphores: dict[str, _core.Semaphore] = {}
+        self.failpoints = failpoints.table(memory)
         _segments.add(self)
 
     # -- words -----------------------------------------------------------------------------------------------------

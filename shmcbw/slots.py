@@ -11,8 +11,11 @@ import os
 import threading
 
 from .errors import NoFreeSlotError
+from .failpoints import hit, index_of
 from .layout import Slot, words
 from .segment import Segment, slot_byte, start_ticks
+
+_LOCKED, _TAKEN = index_of("slot.locked"), index_of("slot.taken")
 
 
 def acquire_slot(segment: Segment) -> int:
@@ -22,10 +25,12 @@ def acquire_slot(segment: Segment) -> int:
     for used in (False, True):
         for index in range(count):
             if (segment.slot(index, Slot.pid) != 0) is used and segment.try_lock(slot_byte(index)):
+                hit(segment.failpoints, _LOCKED)
                 clear_slot(segment, index)
                 segment.set_slot(index, Slot.thread_id, threading.get_native_id())
                 segment.set_slot(index, Slot.start_ticks, start_ticks(os.getpid()))
                 segment.set_slot(index, Slot.pid, os.getpid())
+                hit(segment.failpoints, _TAKEN)
                 return index
     raise NoFreeSlotError(
         f"all {count} slots of the image are taken by writing threads; start the coordinator with more slots"

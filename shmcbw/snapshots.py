@@ -17,11 +17,14 @@ from . import _core, states
 from .bitmap import COPIED, COPIED_FOR_WRITER, PENDING, SKIPPED, ZERO, Bitmap
 from .clusters import byte_range, inward, outward
 from .errors import ClosedError, OutOfRangeError, SnapshotBrokenError, SnapshotInaccessibleError
+from .failpoints import hit, index_of
 from .image import HONEST_HOLES, ImageFile, next_data
 from .layout import Slot, Snapshot, Word
 from .segment import Segment
 
 _READ_PIECE_BYTES = 1 << 20
+_BREAK_ERROR, _BREAK_STATE = index_of("break.error"), index_of("break.state")
+_LOOKED, _READ = index_of("reader.looked"), index_of("reader.read")
 
 
 def state_of(segment: Segment, index: int) -> int:
@@ -70,7 +73,9 @@ def break_snapshot(segment: Segment, index: int, serial: int, number: int, clust
     odd = word >> 32
     if store_first_error(segment, index, Snapshot.broken, odd, number, cluster):
         segment.set_snapshot(index, Snapshot.broken_time_ns, time.time_ns())
+    hit(segment.failpoints, _BREAK_ERROR)
     segment.exchange_snapshot(index, Snapshot.state, word, states.state_word(states.BROKEN, odd))
+    hit(segment.failpoints, _BREAK_STATE)
     wake_all(segment)
     segment.wake_coordinator()
 
@@ -145,16 +150,19 @@ class SnapshotReader:
             first, end = outward(position, min(stop - position, _READ_PIECE_BYTES), size)
             value, run_end = _core.run(self._bitmap.memory, first, end)
             length = min(run_end * size, stop) - position
+            hit(self._segment.failpoints, _LOOKED)
             if value == ZERO:
                 pieces.append(bytes(length))
             elif value in (COPIED, COPIED_FOR_WRITER):
                 data = _read_fully(self._target_fd, length, position, "target")
+                hit(self._segment.failpoints, _READ)
                 # A discard by another thread punches the target: then the bytes are not the snapshot's.
                 if _core.run(self._bitmap.memory, first, run_end) != (value, run_end):
                     continue
                 pieces.append(data)
             elif value < COPIED:
                 data = _read_fully(self._image.fd, length, position, "source")
+                hit(self._segment.failpoints, _READ)
                 good_end = self._still_uncopied(first, run_end)
                 if good_end == first:
                     continue

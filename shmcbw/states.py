@@ -1,7 +1,8 @@
 """States of a snapshot table entry, and who moves it from one to the next.
 
     from        to          by
-    FREE        PREPARING   the coordinator, after the bitmap and the target were made
+    FREE        CREATING    the coordinator, before it makes the target and the bitmap: their names are in the entry
+    CREATING    PREPARING   the coordinator, after it has made them
     PREPARING   PREPARED    the coordinator, when every worker has opened the target
     PREPARED    ACTIVE      the coordinator, in the drained section: this is the cut (compare-and-swap)
     PREPARED    ABANDONED   a gated writer or the coordinator, at the drained section's limit (compare-and-swap)
@@ -21,6 +22,7 @@ ACTIVE = 3
 BROKEN = 4
 ABANDONED = 5
 COMPLETE = 6
+CREATING = 7
 
 NAMES = {
     FREE: "free",
@@ -30,6 +32,7 @@ NAMES = {
     BROKEN: "broken",
     ABANDONED: "abandoned",
     COMPLETE: "complete",
+    CREATING: "creating",
 }
 
 BREAK_SNAPSHOT = 0

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any
 
 from shmcbw import _core, states
-from shmcbw.bitmap import COPIED, COPIED_FOR_WRITER, SKIPPED, ZERO, Bitmap
+from shmcbw.bitmap import COPIED, COPIED_FOR_WRITER, SKIPPED, ZERO, Bitmap, bitmap_serials
 from shmcbw.clusters import CLUSTER_SIZE_DEFAULT, check_cluster_size
 from shmcbw.epochs import abandon, epoch
 from shmcbw.errors import (
@@ -31,6 +31,7 @@ from shmcbw.errors import (
     ShmcbwError,
     TargetRefusedError,
 )
+from shmcbw.failpoints import hit, index_of
 from shmcbw.filter import in_use
 from shmcbw.image import Identity, ImageFile
 from shmcbw.layout import SNAPSHOT_COUNT, WORKER_COUNT_MIN, Geometry, Header, Slot, Snapshot
@@ -53,7 +54,7 @@ from . import jobs
 from .cut import Cut, take_cut
 from .jobs import Job, Progress
 from .pool import Pool, absolute
-from .targets import TargetFile
+from .targets import PARTIAL_SUFFIX, TargetFile, remove_unheld, resolve
 
 log = logging.getLogger("shmcbw")
 
@@ -182,16 +183,23 @@ class Coordinator:
     def _adopt(self) -> None:
         """Go on where a dead coordinator stopped."""
         segment = self._segment
+        self._reach("locked", "adopt")
         if epoch(segment) % 2:
             abandon(segment, epoch(segment))
             wake_all(segment)
+        self._reach("opened", "adopt")
         for slot in range(segment.geometry.slot_count):
             if segment.slot(slot, Slot.pid) and reap_slot(segment, slot):
                 segment.count_header(Header.slots_reaped)
         self._pool.return_dead_claims()
+        self._reach("claims", "adopt")
         for index in range(SNAPSHOT_COUNT):
             state = state_of(segment, index)
             if state == states.FREE:
+                continue
+            if state == states.CREATING:
+                remove_unheld(target_path(segment, index))
+                self._free_entry(index, segment.snapshot(index, Snapshot.serial))
                 continue
             entry = self._adopt_entry(index)
             if entry is None:
@@ -206,6 +214,16 @@ class Coordinator:
                     log.info("adopted %r", job)
                 else:
                     self._snapshots[index] = self._make_snapshot(entry)
+            self._reach("entry", "adopt")
+        self._unlink_strays()
+
+    def _unlink_strays(self) -> None:
+        """Bitmaps of snapshots that were freed by a coordinator that died before it removed their names."""
+        segment = self._segment
+        known = {segment.snapshot(index, Snapshot.serial) for index in self._entries}
+        for serial in bitmap_serials(segment):
+            if serial not in known:
+                Bitmap.unlink(segment, serial)
 
     def _adopt_entry(self, index: int) -> Entry | None:
         segment = self._segment
@@ -224,6 +242,9 @@ class Coordinator:
             return None
         cut = Cut(segment.snapshot(index, Snapshot.cut_time_ns), segment.snapshot(index, Snapshot.drained_ns))
         return Entry(index, serial, target, bitmap, cut)
+
+    def _reach(self, step: str, protocol: str = "coordinator") -> None:
+        hit(self._segment.failpoints, index_of(f"{protocol}.{step}"))
 
     # -- snapshots and jobs ----------------------------------------------------------------------------------------
 
@@ -258,7 +279,8 @@ class Coordinator:
         cbw_timeout: float = 30.0,
         overwrite: bool = False,
     ) -> CoordinatorSnapshot:
-        """Take a snapshot without background copying: old content goes to a scratch file, removed at the end.
+        """Take a snapshot without background copying: old content goes to
+        ``SCRATCH.shmcbw-partial``, removed at the end.
 
         Parameters and errors as for `backup`.
         """
@@ -317,27 +339,49 @@ class Coordinator:
         with self._lock:
             self._check_open()
             index = self._free_index()
-            file = TargetFile.create(
-                target, self._image, overwrite=overwrite, scratch=not job, full=job and sync != "none"
-            )
+            path = resolve(target)
+            serial = self._begin(index, path)
+            file: TargetFile | None = None
             try:
-                return self._publish(index, file, sync, speed, on_cbw_error, cbw_timeout, job=job)
+                file = TargetFile.create(path, self._image, overwrite=overwrite, full=job and sync != "none")
+                self._reach("target")
+                return self._publish(index, serial, file, sync, speed, on_cbw_error, cbw_timeout, job=job)
             except BaseException:
-                file.remove()
-                file.close()
+                if file is not None:
+                    file.remove()
+                    file.close()
+                self._free_entry(index, serial)
                 raise
 
-    def _publish(
-        self, index: int, file: TargetFile, sync: str, speed: int, on_cbw_error: str, cbw_timeout: float, *, job: bool
-    ) -> Entry:
-        """Everything that can fail, then the cut."""
+    def _begin(self, index: int, path: str) -> int:
+        """Say in the entry what is about to be made, so that a restarted coordinator can remove it: its serial."""
         segment = self._segment
         serial = segment.header(Header.next_serial)
         segment.set_header(Header.next_serial, serial % 0xFFFFFFFF + 1)
+        segment.set_snapshot(index, Snapshot.serial, serial)
+        place = segment.geometry.snapshot(index, Snapshot.target_path)
+        segment.set_text(place, Snapshot.target_path, path + PARTIAL_SUFFIX)
+        segment.set_snapshot(index, Snapshot.state, states.state_word(states.CREATING, 0))
+        return serial
+
+    def _publish(
+        self,
+        index: int,
+        serial: int,
+        file: TargetFile,
+        sync: str,
+        speed: int,
+        on_cbw_error: str,
+        cbw_timeout: float,
+        *,
+        job: bool,
+    ) -> Entry:
+        """Everything that can fail, then the cut."""
+        segment = self._segment
         bitmap = Bitmap.create(segment, serial, self._access)
         try:
+            self._reach("bitmap")
             fields = {
-                Snapshot.serial: serial,
                 Snapshot.policy: states.POLICIES[on_cbw_error],
                 Snapshot.timeout_ns: int(cbw_timeout * 1e9),
                 Snapshot.sync: states.SYNCS[sync],
@@ -356,10 +400,8 @@ class Coordinator:
             }
             for word, value in fields.items():
                 segment.set_snapshot(index, word, value)
-            segment.set_text(
-                segment.geometry.snapshot(index, Snapshot.target_path), Snapshot.target_path, file.working_path
-            )
             segment.set_snapshot(index, Snapshot.state, states.state_word(states.PREPARING, 0))
+            self._reach("preparing")
             refusal = self._pool.wait_ready(index, serial, READY_TIMEOUT_S)
             if refusal:
                 raise TargetRefusedError(
@@ -368,7 +410,6 @@ class Coordinator:
             cut = take_cut(segment, index, self._drain_limit)
         except BaseException:
             bitmap.close()
-            self._free_entry(index, serial)
             raise
         self._pool.wake()
         entry = Entry(index, serial, file, bitmap, cut)
@@ -384,17 +425,18 @@ class Coordinator:
     def _free_entry(self, index: int, serial: int) -> None:
         """The snapshot is no more: nobody waits for it, its bitmap's name goes, workers let go of its target."""
         self._segment.set_snapshot(index, Snapshot.state, states.state_word(states.FREE, 0))
+        self._reach("freed")
         wake_all(self._segment)
         self._pool.wake()
         Bitmap.unlink(self._segment, serial)
 
     def _release_entry(self, entry: Entry) -> None:
         self._entries.pop(entry.index, None)
+        # Before the entry is free: afterwards nobody would know of an unfinished file.
+        if entry.target.working_path != entry.target.path:
+            entry.target.remove()
         self._free_entry(entry.index, entry.serial)
         entry.bitmap.close()
-        # Does nothing when the file has its final name.
-        if entry.target.working_path != entry.target.path or not self._segment.snapshot(entry.index, Snapshot.job):
-            entry.target.remove()
         entry.target.close()
 
     def drop_snapshot(self, entry: Entry) -> None:
@@ -505,6 +547,7 @@ class Coordinator:
         complete = states.state_word(states.COMPLETE, word >> 32)
         if state == states.ACTIVE and not segment.exchange_snapshot(entry.index, Snapshot.state, word, complete):
             return
+        self._reach("complete")
         job.freeze_progress(self.count_progress(entry))
         job.move(jobs.WAITING)
         thread = threading.Thread(target=self._finish, args=(job,), name=f"shmcbw-{job.id}", daemon=True)
@@ -516,8 +559,10 @@ class Coordinator:
         entry = job._entry
         try:
             entry.target.sync()
+            self._reach("synced")
             job.move(jobs.PENDING)
             entry.target.finish()
+            self._reach("named")
         except OSError as error:
             message = f"finishing {job.target}: {error.strerror or error}"
             with self._lock:

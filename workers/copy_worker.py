@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from shmcbw import _core, states
 from shmcbw.bitmap import COPIED, COPIED_FOR_WRITER, PENDING, Bitmap
 from shmcbw.errors import ShmcbwError
+from shmcbw.failpoints import hit, index_of
 from shmcbw.filter import leave_last
 from shmcbw.image import Identity
 from shmcbw.layout import SNAPSHOT_COUNT, Header, Snapshot, Worker, words
@@ -30,6 +31,11 @@ from shmcbw.segment import COORDINATOR, Segment, attach, start_ticks, worker_byt
 from shmcbw.snapshots import store_first_error, target_path
 
 from .copying import Copied, Source, copy_run
+
+_OPENED, _ACKNOWLEDGED = index_of("worker.opened"), index_of("worker.acknowledged")
+_CLAIMED, _BACKGROUND = index_of("worker.claimed"), index_of("worker.background")
+_COPYING, _COPIED = index_of("worker.copying"), index_of("worker.copied")
+_PUBLISHED, _WOKE = index_of("worker.published"), index_of("worker.woke")
 
 AWAY, BUSY, LOOKING, ASLEEP = range(4)
 
@@ -134,6 +140,9 @@ class CopyWorker:
     def _set_state(self, state: int) -> None:
         self.segment.set_worker(self.worker_id, Worker.state, state)
 
+    def _reach(self, point: int) -> None:
+        hit(self.segment.failpoints, point)
+
     def _count(self, word: str) -> None:
         _core.add_u64(self.segment.memory, self.segment.geometry.worker(self.worker_id, getattr(Worker, word)), 1)
 
@@ -189,9 +198,11 @@ class CopyWorker:
             self.targets[index] = Target(index, serial, fd, bitmap, sync == states.SYNC_TOP)
         except OSError as error:
             number = error.errno or errno.EIO
+        self._reach(_OPENED)
         base = self.segment.geometry
         _core.store_u32(self.segment.memory, base.worker(self.worker_id, Worker.ready_errno) + 4 * index, number)
         _core.store_u32(self.segment.memory, base.worker(self.worker_id, Worker.ready_serial) + 4 * index, serial)
+        self._reach(_ACKNOWLEDGED)
         self.segment.wake_coordinator()
 
     def _let_go(self, target: Target) -> None:
@@ -204,6 +215,7 @@ class CopyWorker:
 
     def _serve(self, slot: int, sequence: int, want_first: int, index: int, first: int, end: int) -> None:
         """Copy a claimed run that the slot waits for; then, for a sequential writer, some more behind it."""
+        self._reach(_CLAIMED)
         target = self.targets[index]
         copied = self._copy(target, first, end, COPIED_FOR_WRITER)
         self._count("wanted_chunks")
@@ -274,6 +286,7 @@ class CopyWorker:
         if claimed is None:
             return 0
         segment.exchange_snapshot(index, Snapshot.cursor, cursor, claimed[1])
+        self._reach(_BACKGROUND)
         started = time.monotonic_ns()
         copied = self._copy(target, *claimed, COPIED)
         self._count("background_chunks")
@@ -320,6 +333,9 @@ class CopyWorker:
             if segment.exchange_snapshot(index, Snapshot.budget_ns, spent, until):
                 return
 
+    def _before_write(self) -> None:
+        self._reach(_COPYING)
+
     # -- one run ---------------------------------------------------------------------------------------------------
 
     def _copy(self, target: Target, first: int, end: int, state: int) -> Copied:
@@ -332,7 +348,9 @@ class CopyWorker:
             cluster_size=self.cluster_size,
             copied_state=state,
             skip_holes=target.skip_holes,
+            before_write=self._before_write,
         )
+        self._reach(_COPIED)
         memory = target.bitmap.memory
         for run_first, run_end, run_state in copied.runs:
             _core.exchange(memory, run_first, run_end, self.worker_id, run_state)
@@ -342,8 +360,10 @@ class CopyWorker:
             cursor = self.segment.snapshot(target.index, Snapshot.cursor)
             if cursor > copied.failed_cluster:
                 self.segment.exchange_snapshot(target.index, Snapshot.cursor, cursor, copied.failed_cluster)
+        self._reach(_PUBLISHED)
         for slot in self.copier.sleepers(first, end):
             self.segment.wake_slot(slot)
+        self._reach(_WOKE)
         return copied
 
     def close(self) -> None:

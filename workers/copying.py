@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from shmcbw import _core
@@ -52,7 +53,15 @@ class Source:
 
 
 def copy_run(
-    source: Source, target_fd: int, first: int, end: int, *, cluster_size: int, copied_state: int, skip_holes: bool
+    source: Source,
+    target_fd: int,
+    first: int,
+    end: int,
+    *,
+    cluster_size: int,
+    copied_state: int,
+    skip_holes: bool,
+    before_write: Callable[[], None],
 ) -> Copied:
     """Copy the claimed clusters first..end; the caller publishes them.  An OSError ends up in the result."""
     result = Copied()
@@ -77,6 +86,7 @@ def copy_run(
                 result.add(cluster, run_end, ZERO)
             else:
                 offset, length = byte_range(cluster, run_end, cluster_size, source.size_bytes)
+                before_write()
                 write_fully(target_fd, source.view[offset : offset + length], offset)
                 result.written_bytes += length
                 result.add(cluster, run_end, copied_state)

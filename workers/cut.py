@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from shmcbw import _core
 from shmcbw.epochs import EPOCH_MAX, abandon, advance, epoch
 from shmcbw.errors import CutAbandonedError, EpochsExhaustedError
+from shmcbw.failpoints import hit, index_of
 from shmcbw.layout import Header, Slot, Snapshot
 from shmcbw.segment import Segment
 from shmcbw.slots import reap_slot
@@ -24,6 +25,9 @@ from shmcbw.snapshots import wake_all
 from shmcbw.states import ACTIVE, PREPARED, state_word
 
 _LOOK_NS = 2_000_000
+_PREPARED, _ODD, _QUIET, _PUBLISHED, _EVEN = (
+    index_of(f"coordinator.{step}") for step in ("prepared", "odd", "quiet", "published", "even")
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,18 +52,23 @@ def take_cut(segment: Segment, index: int, limit_s: float) -> Cut:
     odd = even + 1
     segment.set_snapshot(index, Snapshot.cut_epoch, odd)
     segment.set_snapshot(index, Snapshot.state, state_word(PREPARED, odd))
+    hit(segment.failpoints, _PREPARED)
     started = time.monotonic_ns()
     deadline = started + int(limit_s * 1e9)
     # Before the odd epoch: whoever sees that one sees its deadline.
     segment.set_header(Header.drain_deadline_ns, deadline)
     advance(segment, even)
+    hit(segment.failpoints, _ODD)
     cut_time = time.time_ns()
     holder = _wait_quiet(segment, deadline)
+    hit(segment.failpoints, _QUIET)
     published = holder is None and segment.exchange_snapshot(
         index, Snapshot.state, state_word(PREPARED, odd), state_word(ACTIVE, odd)
     )
     if published:
+        hit(segment.failpoints, _PUBLISHED)
         advance(segment, odd)
+        hit(segment.failpoints, _EVEN)
     else:
         abandon(segment, odd)
     drained_ns = time.monotonic_ns() - started

@@ -17,11 +17,14 @@ from collections.abc import Iterable
 from shmcbw import _core
 from shmcbw.bitmap import Bitmap
 from shmcbw.errors import PoolError
+from shmcbw.failpoints import hit, index_of
 from shmcbw.layout import SNAPSHOT_COUNT, Header, Snapshot, Worker
 from shmcbw.segment import Segment, worker_byte
 from shmcbw.snapshots import wake_all
 
 log = logging.getLogger("shmcbw")
+
+_REAPED, _GENERATION = index_of("coordinator.reaped"), index_of("adopt.generation")
 
 START_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 5.0
@@ -65,6 +68,7 @@ class Pool:
     def _raise_generation(self) -> None:
         self._generation = (self._segment.header(Header.pool_generation) + 1) & 0xFFFFFFFF
         self._segment.set_header(Header.pool_generation, self._generation)
+        hit(self._segment.failpoints, _GENERATION)
         self.wake()
 
     def _free_ids(self) -> list[int]:
@@ -98,9 +102,10 @@ class Pool:
             if time.monotonic() - self._started_s[worker_id] < RESPAWN_PAUSE_S:
                 continue
             log.warning("copy worker %d (pid %d) ended: status %s", worker_id, process.pid, process.returncode)
-            del self._processes[worker_id]
-            self._segment.count_header(Header.workers_replaced)
+            # If this fails, the dead one stays in the table and the next look tries again.
+            self._started_s[worker_id] = time.monotonic()
             self._spawn(worker_id)
+            self._segment.count_header(Header.workers_replaced)
             wake_all(self._segment)
             self.wake()
 
@@ -124,6 +129,7 @@ class Pool:
             bitmap.close()
             if returned:
                 segment.set_snapshot(index, Snapshot.cursor, 0)
+        hit(segment.failpoints, _REAPED)
         for word in (Worker.state, Worker.pid, Worker.generation):
             segment.set_worker(worker_id, word, 0)
         segment.unlock(worker_byte(worker_id))

@@ -1,9 +1,9 @@
 """Target files: checked before the cut, kept under another name until they are right.
 
-A backup grows as ``TARGET.shmcbw-partial`` and gets its name by rename when it is complete and synced.  So whatever
-dies, a file called TARGET is a finished backup (or the one that was there before); a user needs no tool to tell, and
-``overwrite`` never leaves him with neither.  A mark inside the file was rejected: every tool that reads raw images
-would have to know it.  A block device has no name to hold back, so it is refused as a target.
+A backup grows as ``TARGET.shmcbw-partial`` and gets its name when it is complete and synced; scratch never does.  So
+whatever dies, a file called TARGET is a finished backup (or the one that was there before); a user needs no tool to
+tell, and ``overwrite`` never leaves him with neither.  A mark inside the file was rejected: every tool that reads raw
+images would have to know it.  A block device has no name to hold back, so it is refused as a target.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _files: weakref.WeakSet[TargetFile] = weakref.WeakSet()
 class TargetFile:
     """A target under preparation: an open, sized, sparse, locked file.
 
-    ``path`` is where it will be, ``working_path`` where it is.  For scratch both are the same.
+    ``path`` is where it will be, ``working_path`` where it is.
     """
 
     def __init__(self, path: str, working_path: str, fd: int, identity: Identity, *, overwrite: bool) -> None:
@@ -39,20 +39,17 @@ class TargetFile:
         _files.add(self)
 
     @classmethod
-    def create(
-        cls, path: str | os.PathLike[str], image: ImageFile, *, overwrite: bool, scratch: bool, full: bool
-    ) -> TargetFile:
-        """Check and create; TargetRefusedError with nothing changed.  ``full``: all of the image will be written."""
-        # The name behind links: the rename must replace the file, not a link to it.
-        final = os.path.realpath(os.fspath(path))
-        if len(os.fsencode(final)) + len(PARTIAL_SUFFIX) >= PATH_SIZE:
-            raise TargetRefusedError(errno.ENAMETOOLONG, f"target {final}: the path is too long")
-        mode = _check_existing(final, image, overwrite)
-        _check_space(final, image, full)
-        working = final if scratch else final + PARTIAL_SUFFIX
+    def create(cls, path: str, image: ImageFile, *, overwrite: bool, full: bool) -> TargetFile:
+        """Check and create; TargetRefusedError with nothing changed.
+
+        ``path`` comes from `resolve`.  ``full``: all of the image will be written.
+        """
+        mode = _check_existing(path, image, overwrite)
+        _check_space(path, image, full)
+        working = path + PARTIAL_SUFFIX
         # Like cp: the source's permission bits, cut by the umask.
         permissions = stat.S_IMODE(os.fstat(image.fd).st_mode) & 0o666 | 0o600
-        fd = _create_file(working, final, permissions, replace=not scratch or overwrite)
+        fd = _create_file(working, path, permissions)
         try:
             os.ftruncate(fd, 0)
             os.ftruncate(fd, image.size_bytes)
@@ -61,8 +58,8 @@ class TargetFile:
         except OSError as error:
             os.unlink(working)
             os.close(fd)
-            raise TargetRefusedError(error.errno, f"target {final}: {error.strerror}") from error
-        return cls(final, working, fd, Identity.of(os.fstat(fd)), overwrite=overwrite)
+            raise TargetRefusedError(error.errno, f"target {path}: {error.strerror}") from error
+        return cls(path, working, fd, Identity.of(os.fstat(fd)), overwrite=overwrite)
 
     @classmethod
     def adopt(cls, working_path: str, identity: Identity) -> TargetFile | None:
@@ -169,15 +166,39 @@ def _check_space(path: str, image: ImageFile, full: bool) -> None:
         )
 
 
-def _create_file(working: str, final: str, permissions: int, *, replace: bool) -> int:
+def resolve(path: str | os.PathLike[str]) -> str:
+    """The name behind links: the final rename must replace the file, not a link to it."""
+    final = os.path.realpath(os.fspath(path))
+    if len(os.fsencode(final)) + len(PARTIAL_SUFFIX) >= PATH_SIZE:
+        raise TargetRefusedError(errno.ENAMETOOLONG, f"target {final}: the path is too long")
+    return final
+
+
+def remove_unheld(working: str) -> None:
+    """Remove an unfinished file that a dead coordinator had just made: named as ours, and held by nobody."""
+    if not working.endswith(PARTIAL_SUFFIX):
+        return
+    try:
+        fd = os.open(working, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            os.unlink(working)
+    except OSError:
+        pass
+    finally:
+        os.close(fd)
+
+
+def _create_file(working: str, final: str, permissions: int) -> int:
     """Create the file exclusively, or take over one that nobody holds."""
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
         fd = os.open(working, flags | os.O_EXCL, permissions)
     except FileExistsError:
-        if not replace:
-            raise TargetRefusedError(errno.EEXIST, f"target {final} exists") from None
-        fd = _open_existing(working, final, flags)
+        fd = _open_existing(working, final)
     except OSError as error:
         raise TargetRefusedError(error.errno, f"target {final}: {working}: {error.strerror}") from error
     try:
@@ -190,12 +211,14 @@ def _create_file(working: str, final: str, permissions: int, *, replace: bool) -
     return fd
 
 
-def _open_existing(working: str, final: str, flags: int) -> int:
+def _open_existing(working: str, final: str) -> int:
+    """A partial file of a dead backup.  Not somebody else's: they could go on writing it, or read what we write."""
     try:
-        fd = os.open(working, flags)
+        fd = os.open(working, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError as error:
         raise TargetRefusedError(error.errno, f"target {final}: {working}: {error.strerror}") from error
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_nlink != 1:
         os.close(fd)
-        raise TargetRefusedError(errno.EINVAL, f"target {final}: {working} is not a regular file")
+        raise TargetRefusedError(errno.EPERM, f"target {final}: {working} is there and is not a file of ours")
     return fd

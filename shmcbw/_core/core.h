@@ -77,6 +77,9 @@ void *word_at(const Py_buffer *view, uint64_t offset, size_t size);
 bool as_u64(PyObject *object, const char *name, uint64_t *value);
 bool layout_u64(PyObject *layout, const char *key, uint64_t *value);
 
+/* failpoint.c: act as an armed word says; the errno to fail with, or 0.  Call without the GIL. */
+int failpoint_act(word64 *word);
+
 /* semaphore.c */
 extern PyTypeObject *semaphore_type;
 sem_t *semaphore_of(PyObject *object);
@@ -162,5 +165,6 @@ int add_guard(PyObject *module);
 int add_semaphore(PyObject *module);
 int add_filter(PyObject *module);
 int add_copier(PyObject *module);
+int add_failpoint(PyObject *module);
 
 #endif

@@ -35,6 +35,22 @@ enum reason {
     REASON_RANGE = 6,     /* value = offset, cluster = length; must raise */
 };
 
+/* shmcbw/failpoints.py has these first and in this order. */
+enum failpoint {
+    WRITER_MARKED,
+    WRITER_EPOCH,
+    WRITER_LOOKED,
+    WRITER_LEFT,
+    WRITER_WANTED,
+    WRITER_ASLEEP,
+    WRITER_READY,
+    WRITER_MAP_MARKED,
+    WRITER_HALF_STORED,
+    WRITER_STORED,
+    WRITER_GATED,
+    WRITER_FAILPOINT_COUNT,
+};
+
 enum kind { KIND_DATA, KIND_UNCHANGED, KIND_ZEROES };
 
 enum look { LOOK_READY, LOOK_BLOCKED, LOOK_UNMAPPED };
@@ -60,6 +76,8 @@ struct filter {
     PyObject_HEAD
     struct shared shared;
     Py_buffer image;
+    Py_buffer failpoints_view;
+    word64 *failpoints; /* [0]: any armed; [1 + point] */
     int fd;
     bool initialised;
     bool open;
@@ -113,6 +131,17 @@ static int refuse(struct filter *self, enum reason reason, uint64_t value, uint6
     if (resolve(self, reason, 0, value, cluster) == 0)
         PyErr_Format(PyExc_SystemError, "_resolve(%d) must raise", (int)reason);
     return -1;
+}
+
+static inline bool failpoints_armed(const struct filter *self)
+{
+    return __builtin_expect(atomic_load_explicit(self->failpoints, memory_order_relaxed) != 0, 0);
+}
+
+/* With an armed point: acts; an errno only counts where the step can fail. */
+static int reach(const struct filter *self, bool armed, enum failpoint point)
+{
+    return __builtin_expect(armed, 0) ? failpoint_act(self->failpoints + 1 + point) : 0;
 }
 
 static void add64(const struct shared *shared, uint64_t slot, uint64_t field, uint64_t amount)
@@ -249,6 +278,7 @@ static int await_copies(struct filter *self, struct thread_slot *thread, struct 
             bitmaps[i]->references++;
     }
     publish_want(shared, slot, first, end, &sequence);
+    reach(self, failpoints_armed(self), WRITER_WANTED);
     ring(self, false);
     for (;;) {
         uint64_t budget_ns = self->may_spin ? thread->spin_ns : 0, started_ns = now_ns();
@@ -275,6 +305,7 @@ static int await_copies(struct filter *self, struct thread_slot *thread, struct 
                 waited = look_at_want(self, bitmaps, slot, sequence, first, end, &error, &index, &cluster);
                 if (waited == WAITED_BLOCKED) {
                     ring(self, true);
+                    reach(self, failpoints_armed(self), WRITER_ASLEEP);
                     semaphore_sleep(thread->semaphore, slice_ns);
                     waited = look_at_want(self, bitmaps, slot, sequence, first, end, &error, &index, &cluster);
                 }
@@ -296,6 +327,7 @@ static int await_copies(struct filter *self, struct thread_slot *thread, struct 
         late = -1;
     }
     withdraw_want(shared, slot, sequence);
+    reach(self, failpoints_armed(self), WRITER_READY);
     uint32_t late_serial = 0;
     if (late >= 0 && bitmaps[late] != NULL)
         late_serial = bitmaps[late]->serial;
@@ -358,8 +390,13 @@ static int store_data(struct filter *self, struct request *request)
             request->kind = KIND_DATA;
         return failed;
     }
-    if (request->kind != KIND_ZEROES)
-        return guarded_copy(target, request->data, request->length);
+    if (request->kind != KIND_ZEROES) {
+        uint64_t half = failpoints_armed(self) ? request->length / 2 : 0;
+        if (half != 0 && guarded_copy(target, request->data, half) != 0)
+            return -1;
+        reach(self, half != 0, WRITER_HALF_STORED);
+        return guarded_copy(target + half, request->data + half, request->length - half);
+    }
     return punch(self->fd, request->offset, request->length) == 0 ? 0 : guarded_fill(target, request->length);
 }
 
@@ -403,14 +440,18 @@ static int try_write(struct filter *self, struct request *request)
     uint64_t first = request->offset >> self->cluster_shift;
     uint64_t end = ((request->offset + request->length - 1) >> self->cluster_shift) + 1;
     bool first_touch = false;
+    bool armed = failpoints_armed(self);
     int failed;
 
     atomic_store(in_flight, 1);                    /* step 1 */
+    reach(self, armed, WRITER_MARKED);
     uint32_t epoch = atomic_load(shared->epoch);   /* step 2 */
     if (__builtin_expect(epoch & 1, 0)) {
         atomic_store_explicit(in_flight, 0, memory_order_release);
+        reach(self, armed, WRITER_GATED);
         return wait_gate(self, thread, epoch);
     }
+    reach(self, armed, WRITER_EPOCH);
     bool unchanged = request->kind == KIND_UNCHANGED;
     if (!unchanged) {
         uint64_t c = first;                        /* step 3 */
@@ -422,13 +463,16 @@ static int try_write(struct filter *self, struct request *request)
             enum look found = look(shared, self->shared.bitmaps, c, end, &index, &cluster); /* step 4 */
             if (found != LOOK_READY) {
                 atomic_store_explicit(in_flight, 0, memory_order_release);
+                reach(self, armed, WRITER_LEFT);
                 if (found == LOOK_UNMAPPED)
                     return resolve(self, REASON_UNMAPPED, (uint64_t)index, 0, 0);
                 return await_copies(self, thread, request, cluster, end);
             }
+            reach(self, armed, WRITER_LOOKED);
             first_touch = true;
             for (; c < end; c++)                   /* step 5 */
                 atomic_store_explicit(shared->epoch_map + c, epoch, memory_order_release);
+            reach(self, armed, WRITER_MAP_MARKED);
         }
     }
     /* The marks may not sink below the data: a writer that dies in the store has marked what it changed (I6). */
@@ -440,6 +484,7 @@ static int try_write(struct filter *self, struct request *request)
     } else {
         failed = store_data(self, request);
     }
+    reach(self, armed, WRITER_STORED);
     atomic_store_explicit(in_flight, 0, memory_order_release);
     if (__builtin_expect(failed, 0))
         return refuse(self, REASON_FAULT, request->offset, request->length);
@@ -660,6 +705,8 @@ static void clear(struct filter *self)
     shared_clear(&self->shared);
     if (self->image.obj != NULL)
         PyBuffer_Release(&self->image);
+    if (self->failpoints_view.obj != NULL)
+        PyBuffer_Release(&self->failpoints_view);
     Py_CLEAR(self->pool_object);
     self->initialised = false;
 }
@@ -688,15 +735,17 @@ static PyObject *filter_release(PyObject *object, PyObject *argument)
     Py_RETURN_NONE;
 }
 
-/* setup(segment, image, fd, writable, layout, pool): (re)attaches. */
+/* setup(segment, image, fd, writable, layout, pool, failpoints, failpoints_offset): (re)attaches. */
 static PyObject *filter_setup(PyObject *object, PyObject *args)
 {
     struct filter *self = (struct filter *)object;
-    PyObject *segment, *image, *layout, *pool;
+    PyObject *segment, *image, *layout, *pool, *failpoints;
+    unsigned long long failpoints_offset;
     int fd, writable;
     cpu_set_t cpus;
 
-    if (!PyArg_ParseTuple(args, "OOipOO:setup", &segment, &image, &fd, &writable, &layout, &pool))
+    if (!PyArg_ParseTuple(args, "OOipOOOK:setup", &segment, &image, &fd, &writable, &layout, &pool, &failpoints,
+                          &failpoints_offset))
         return NULL;
     if (self->initialised)
         return PyErr_Format(PyExc_ValueError, "setup: release first");
@@ -710,6 +759,13 @@ static PyObject *filter_setup(PyObject *object, PyObject *args)
     if ((uint64_t)self->image.len != self->shared.image_size) {
         clear(self);
         return PyErr_Format(PyExc_ValueError, "setup: the image mapping is not as long as the image");
+    }
+    if (!get_mapping(failpoints, &self->failpoints_view, true) ||
+        !check_range("failpoints", failpoints_offset, 8 * (1 + WRITER_FAILPOINT_COUNT),
+                     (uint64_t)self->failpoints_view.len) ||
+        (self->failpoints = word_at(&self->failpoints_view, failpoints_offset, 8)) == NULL) {
+        clear(self);
+        return NULL;
     }
     if (guard_install() != 0) {
         clear(self);

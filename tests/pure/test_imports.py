@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 #: Each module imports only modules above it; cli and __main__ are the top layer and may import what runs.
 ORDER = [
-    "errors", "clusters", "layout", "states", "sizes", "_core", "image", "segment", "bitmap", "slots", "epochs",
+    "errors", "clusters", "layout", "states", "sizes", "_core", "failpoints", "image", "segment",
+    "bitmap", "slots", "epochs",
     "snapshots", "filter", "status", "invariants", "doctor", "__init__", "cli", "__main__",
 ]  # fmt: skip
 TOP = {"cli", "__main__"}
