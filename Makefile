@@ -1,6 +1,7 @@
 # make demo   set everything up and run the demonstration
 # make test   set everything up, check style and types, run the tests
 # make bench  measure; see tools/bench
+# make matrix kill and stop at every failpoint (make test does a part of that)
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 CORE := $(wildcard shmcbw/_core/*.c shmcbw/_core/*.h)
 DEBIAN_PACKAGES := e2fsprogs qemu-utils strace
 
-.PHONY: demo test lint bench model clean
+.PHONY: demo test lint bench matrix model clean
 
 demo: $(VENV)/.installed
 	$(BIN)/shmcbw demo
@@ -24,6 +25,9 @@ lint: $(VENV)/.installed-test types-tree
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m tools.bench $(BENCH_ARGS)
+
+matrix: $(VENV)/.installed-test
+	SHMCBW_MATRIX=all $(BIN)/python -m pytest tests/crash/test_failpoints.py
 
 model: $(VENV)/.installed
 	$(BIN)/python -m tools.model

@@ -34,11 +34,15 @@ from tests.processes import CONTEXT, write_forever, write_pairs_forever
 SIZE = 4 << 20
 MARKS = range(3 << 20, SIZE, 100_000)
 FIRST, SECOND = 2 << 20, (2 << 20) + 300_000
-SEED = int(os.environ.get("SHMCBW_SEED", "0")) or random.SystemRandom().randrange(1, 2**31)
+#: All combinations take several minutes: `make matrix`.  Otherwise a part, the same for the same seed.
+SEED = int(os.environ.get("SHMCBW_SEED", "1"))
+PART = 20
 
 #: Reached only when a process fails or is late: their tests are those of the policies and of the cut.
 ELSEWHERE = {"break.error", "break.state", "gate.entries"}
-EVERYWHERE = [point.name for point in POINTS if point.name not in ELSEWHERE]
+EVERYWHERE = [(point.name, action) for point in POINTS if point.name not in ELSEWHERE for action in ("kill", "stop")]
+if os.environ.get("SHMCBW_MATRIX") != "all":
+    EVERYWHERE = sorted(random.Random(SEED).sample(EVERYWHERE, PART))
 
 
 @contextmanager
@@ -166,8 +170,7 @@ def is_one_instant(backup: Path) -> bool:
     return all(data[o : o + 6] == b"before" for o in MARKS) and (fresh or first in (second, second + 1))
 
 
-@pytest.mark.parametrize("name", EVERYWHERE)
-@pytest.mark.parametrize("action", ["kill", "stop"])
+@pytest.mark.parametrize(("name", "action"), EVERYWHERE)
 def test_at_every_point_anybody_may_die_or_stop(
     make_image: Callable[..., Path], tmp_path: Path, name: str, action: str
 ) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from shmcbw import _core, layout
+from shmcbw.failpoints import POINTS
 from shmcbw.layout import STRUCTURES, Geometry, Header, Slot, words
 
 
@@ -73,3 +76,14 @@ def test_memory_per_image_is_four_bytes_a_cluster_and_a_small_constant() -> None
 
 def test_the_tables_of_the_design_are_those_of_the_code() -> None:
     assert layout.tables().count("| offset |") == len(STRUCTURES)
+
+
+def test_the_design_shows_the_tables_of_the_code() -> None:
+    design = (Path(layout.__file__).parent / "DESIGN.md").read_text()
+    assert layout.tables() in design
+
+
+def test_the_design_names_every_failpoint() -> None:
+    design = (Path(layout.__file__).parent / "DESIGN.md").read_text().partition("## Failpoints")[2]
+    for point in POINTS:
+        assert point.name in design or f".{point.name.partition('.')[2]}" in design, point.name
