@@ -8,6 +8,7 @@ be taken; 130 interrupted.  The top layer: it imports what runs (`shmcbw.workers
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import signal
@@ -139,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status: int = options.run(options)
         sys.stdout.flush()
     except KeyboardInterrupt:
-        print("shmcbw: interrupted", file=sys.stderr)
+        _report(options, KeyboardInterrupt("interrupted"))
         return 130
     except BrokenPipeError:
         # The reader of our output has gone; there is nobody to tell.
@@ -154,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
-def _report(options: argparse.Namespace, error: Exception) -> None:
+def _report(options: argparse.Namespace, error: BaseException) -> None:
     message = str(error)
     if isinstance(error, OSError) and error.strerror:
         message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
@@ -176,25 +177,32 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _backup(options: argparse.Namespace) -> int:
+    try:
+        return _run_backup(options)
+    except KeyboardInterrupt:
+        # Leaving the coordinator's block has cancelled it, wherever it was.
+        raise JobCancelledError(f"the backup to {options.target} was cancelled") from None
+
+
+def _run_backup(options: argparse.Namespace) -> int:
     from .workers import Coordinator
 
     # SIGTERM ends it as Ctrl-C does: cancelled, nothing left over.
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
     with Coordinator(
         options.image, workers=options.workers, cluster_size=options.cluster_size, slots=options.slots
     ) as coordinator:
         for adopted in coordinator.jobs:
-            print(f"shmcbw backup: an unfinished backup to {adopted.target} goes on", file=sys.stderr)
+            cut = datetime.datetime.fromtimestamp(adopted.cut_time_ns / 1e9).astimezone().isoformat(" ", "seconds")
+            print(
+                f"shmcbw backup: an unfinished backup to {adopted.target} goes on, with its cut of {cut}",
+                file=sys.stderr,
+            )
         job = _adopted_or_new(coordinator.jobs, options, coordinator)
-        try:
-            _follow(job, options)
-            for other in coordinator.jobs:
-                other.wait()
-        except KeyboardInterrupt:
-            job.cancel()
-            if isinstance(job.error, JobCancelledError):
-                raise job.error from None
-            raise
+        _follow(job, options)
+        for other in coordinator.jobs:
+            other.wait()
         status = coordinator.status()
     described = next(each for each in status["jobs"] if each["id"] == job.id)
     if options.json:
@@ -230,7 +238,7 @@ def _adopted_or_new(adopted: Sequence[Job], options: argparse.Namespace, coordin
 
 def _follow(job: Job, options: argparse.Namespace) -> None:
     """Wait for the job; on a terminal with a progress bar."""
-    if options.progress == "never" or options.json or not sys.stderr.isatty():
+    if options.progress == "never" or options.json or sys.stderr is None or not sys.stderr.isatty():
         job.wait()
         return
     from .workers.progress import follow

@@ -28,17 +28,19 @@ from .errors import (
     CopyFailedError,
     CopyTimeoutError,
     NoCoordinatorError,
+    NoFreeSlotError,
     OutOfRangeError,
     ReadOnlyImageError,
     ShmcbwError,
 )
 from .image import ImageFile, file_size
 from .layout import HISTOGRAM_COUNT, SNAPSHOT_COUNT, Header, Slot, Snapshot
-from .segment import COORDINATOR, Segment, attach, unlink_all
+from .segment import COORDINATOR, Segment, attach, try_retire
 from .slots import acquire_slot, release_slot
 from .snapshots import break_snapshot, is_active, state_of
 
 _ATTACH, _UNMAPPED, _FAILED, _LATE, _GATED, _FAULT, _RANGE = range(7)
+_RELEASE_INSIDE, _RELEASE_FORKED = 1, 2
 _ATTACH_TRIES = 100
 _ATTACH_PAUSE_S = 0.01
 
@@ -198,15 +200,35 @@ class Disk(_core.Filter):
     def _take_slot(self) -> None:
         """Give the calling thread a slot of its own."""
         with self._lock:
-            segment = self._attached()
-            slot = acquire_slot(segment)
-            # Partner: `_leave_last` and Coordinator.close store `retired` and then test the locks.  One sees the other.
-            if segment.header(Header.retired):
-                release_slot(segment, slot)
-                raise NoCoordinatorError(errno.EAGAIN, f"{self.path}: the coordinator is ending")
-            self._bind(slot, segment.semaphore(f"s{slot}"))
-            self._slots.add(slot)
-            self._local.lease = _Lease(self, slot)
+            for _ in range(_ATTACH_TRIES):
+                segment = self._attached()
+                try:
+                    slot = acquire_slot(segment)
+                except NoFreeSlotError:
+                    if not self._is_gone(segment):
+                        raise
+                else:
+                    # Partner: `segment.try_retire` stores `retired` and then tests the locks.  One sees the other.
+                    if not self._is_gone(segment):
+                        self._bind(slot, segment.semaphore(f"s{slot}"))
+                        self._slots.add(slot)
+                        self._local.lease = _Lease(self, slot)
+                        return
+                    release_slot(segment, slot)
+                self._leave_segment()
+                self._attach()
+            raise NoCoordinatorError(errno.EAGAIN, f"{self.path}: the coordinator is ending")
+
+    def _is_gone(self, segment: Segment) -> bool:
+        """Whether the segment was removed while no thread of this handle had a slot in it."""
+        return not self._slots and (segment.header(Header.retired) == 1 or not segment.linked())
+
+    def _leave_segment(self) -> None:
+        self._release(_RELEASE_INSIDE)
+        self._forget_bitmaps()
+        if self._segment is not None:
+            self._segment.close()
+            self._segment = None
 
     def _give_back(self, slot: int) -> None:
         """The thread that had this slot has ended, or the handle is closing."""
@@ -227,7 +249,7 @@ class Disk(_core.Filter):
         self._lock = threading.RLock()
         self._local = threading.local()
         self._slots = set()
-        self._release(True)
+        self._release(_RELEASE_FORKED)
         self._forget_bitmaps()
         if self._segment is not None:
             self._segment.close()
@@ -261,6 +283,8 @@ class Disk(_core.Filter):
         if for_writing and not self._image.writable:
             raise ReadOnlyImageError(errno.EBADF, f"{self.path}: the disk was opened read-only")
         with self._lock:
+            if self._closed:
+                raise ClosedError(f"{self.path}: the disk is closed")
             if self._segment is None:
                 self._attach()
         if for_writing and getattr(self._local, "lease", None) is None:
@@ -335,12 +359,9 @@ class Disk(_core.Filter):
         with self._lock:
             for slot in list(self._slots):
                 self._give_back(slot)
-            self._release(False)
-            self._forget_bitmaps()
             if self._segment is not None:
                 leave_last(self._segment)
-                self._segment.close()
-                self._segment = None
+            self._leave_segment()
             if self._mapping is not None:
                 self._mapping.close()
                 self._mapping = None
@@ -366,30 +387,15 @@ def leave_last(segment: Segment) -> None:
     """Remove the segment if its coordinator is gone and nobody is left in it.
 
     A coordinator that ends while writers are attached leaves them the segment; whoever leaves last removes it.  The
-    coordinator's lock is held meanwhile: no coordinator can adopt, and a writer that attaches at this moment sees
-    ``retired`` or is seen by its lock.
+    coordinator's lock is held meanwhile, so no coordinator can adopt.
     """
     if not segment.try_lock(COORDINATOR):
         return
     try:
         if segment.linked():
-            segment.set_header(Header.retired, 1)
-            if in_use(segment):
-                segment.set_header(Header.retired, 0)
-            else:
-                unlink_all(segment.identity)
+            try_retire(segment)
     finally:
         segment.unlock(COORDINATOR)
-
-
-def in_use(segment: Segment) -> bool:
-    """Whether a slot or a worker lives, or a snapshot waits for its coordinator's return."""
-    geometry = segment.geometry
-    return (
-        any(state_of(segment, index) != states.FREE for index in range(SNAPSHOT_COUNT))
-        or any(segment.locked(byte) for byte in range(1, geometry.worker_count + 1))
-        or any(segment.locked(256 + slot) for slot in range(geometry.slot_count))
-    )
 
 
 def open(path: str | os.PathLike[str], *, read_only: bool = False) -> Disk:

@@ -132,6 +132,7 @@ class Snapshot:
     target_device = Word(192, 8, "coordinator", "workers", "identity of the target")
     target_inode = Word(200, 8, "coordinator", "workers", "")
     job = Word(208, 4, "coordinator", "adopting coordinator", "0 none, 1 a backup job")
+    overwrite = Word(212, 4, "coordinator", "adopting coordinator", "1: the finished target may replace another file")
     target_path = Word(512, PATH_SIZE, "coordinator", "workers", "where the data goes, ends with NUL")
 
 

@@ -100,6 +100,8 @@ def create_shared_memory(name: str, size_bytes: int, access: Access) -> int:
         memory = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600)
     except posix_ipc.ExistentialError:
         raise FileExistsError(errno.EEXIST, "shared memory exists", name) from None
+    except posix_ipc.Error as error:
+        raise PermissionError(errno.EACCES, f"can't make shared memory: {error}", name) from None
     try:
         os.ftruncate(memory.fd, size_bytes)
         os.posix_fallocate(memory.fd, 0, size_bytes)
@@ -125,7 +127,7 @@ def unlink_shared_memory(name: str) -> None:
     """Remove a name; it may be gone."""
     try:
         posix_ipc.unlink_shared_memory(name)
-    except posix_ipc.ExistentialError:
+    except posix_ipc.Error:
         pass
 
 
@@ -364,9 +366,14 @@ def _create_semaphore(name: str, access: Access) -> None:
             break
         except posix_ipc.ExistentialError:
             # Left by a coordinator that died between two steps of this function: the control segment decides.
-            if attempt == 2:
-                raise
-            posix_ipc.unlink_semaphore(name)
+            try:
+                if attempt == 2:
+                    raise ForeignSegmentError(errno.EEXIST, f"semaphore {name} comes back again and again")
+                posix_ipc.unlink_semaphore(name)
+            except posix_ipc.Error as error:
+                raise ForeignSegmentError(errno.EPERM, f"semaphore {name} belongs to somebody else ({error})") from None
+        except posix_ipc.Error as error:
+            raise ForeignSegmentError(errno.EPERM, f"semaphore {name} can't be made: {error}") from None
     access.apply(SHM / f"sem.{name[1:]}")
 
 
@@ -454,6 +461,30 @@ class StaleSegmentError(ShmcbwError):
     exit_status = 3
 
 
+def try_retire(segment: Segment) -> bool:
+    """Remove a segment that nobody uses: whether that was so.  The caller holds the coordinator's lock.
+
+    ``retired`` first, then the locks.  A writer takes a slot's lock first and then looks at ``retired`` and at the
+    name (filter.py): one of the two sees the other, so nobody writes on in a segment that cuts know nothing of.
+    """
+    segment.set_header(Header.retired, 1)
+    if in_use(segment):
+        segment.set_header(Header.retired, 0)
+        return False
+    unlink_all(segment.identity)
+    return True
+
+
+def in_use(segment: Segment) -> bool:
+    """Whether a slot or a worker lives, or a snapshot waits for its coordinator's return."""
+    geometry = segment.geometry
+    return (
+        any(segment.snapshot(index, Snapshot.state) & 0xFFFFFFFF for index in range(SNAPSHOT_COUNT))
+        or any(segment.locked(byte) for byte in range(1, geometry.worker_count + 1))
+        or any(segment.locked(slot_byte(slot)) for slot in range(geometry.slot_count))
+    )
+
+
 def unlink_all(identity: Identity) -> None:
     """Remove every name of an image: semaphores and bitmaps first, the control segment last.
 
@@ -464,7 +495,8 @@ def unlink_all(identity: Identity) -> None:
         if file.startswith(f"sem.{name[1:]}."):
             try:
                 posix_ipc.unlink_semaphore("/" + file.removeprefix("sem."))
-            except posix_ipc.ExistentialError:
+            except posix_ipc.Error:
+                # Gone already, or somebody else's under our name: `create` refuses that one.
                 pass
         elif file.startswith(f"{name[1:]}."):
             unlink_shared_memory("/" + file)
@@ -544,6 +576,8 @@ def sweep() -> list[str]:
             continue
         try:
             if os.fstat(segment.fd).st_uid == os.geteuid() and _try_lock_all(segment.fd) and _unneeded(segment):
+                # All locks are ours: a writer that wants a slot now gets none, and then finds the name gone.
+                segment.set_header(Header.retired, 1)
                 unlink_all(segment.identity)
                 removed.append(segment.name)
         finally:

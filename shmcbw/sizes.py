@@ -12,7 +12,10 @@ def parse_size(text: str) -> int:
     digits = cleaned.removesuffix(unit)
     if not digits or not all(part.isascii() and part.isdigit() for part in digits.split(".", 1)):
         raise ValueError(f"{text!r} is not a size (examples: 4096, 64K, 100M, 1.5G)")
-    return int(float(digits) * _UNITS[unit]) if "." in digits else int(digits) * _UNITS[unit]
+    size = int(float(digits) * _UNITS[unit]) if "." in digits else int(digits) * _UNITS[unit]
+    if size >= 1 << 62 or (size == 0 and digits.strip("0.")):
+        raise ValueError(f"{text!r} is not a size between 1 byte and 4 EiB")
+    return size
 
 
 def format_size(size_bytes: float) -> str:

@@ -18,7 +18,7 @@ from .bitmap import COPIED, COPIED_FOR_WRITER, PENDING, SKIPPED, ZERO, Bitmap
 from .clusters import byte_range, inward, outward
 from .errors import ClosedError, OutOfRangeError, SnapshotBrokenError, SnapshotInaccessibleError
 from .failpoints import hit, index_of
-from .image import HONEST_HOLES, ImageFile, next_data
+from .image import HONEST_HOLES, ImageFile, file_size, next_data
 from .layout import Slot, Snapshot, Word
 from .segment import Segment
 
@@ -214,6 +214,8 @@ class SnapshotReader:
                 found.append(Extent(position, reach - position, status))
             position = reach
         self._check()
+        if file_size(self._image.fd) < self.size_bytes:
+            raise OSError(errno.EIO, f"the source was truncated to {file_size(self._image.fd)} bytes")
         return found
 
     def _source_status(self, position: int, stop: int) -> tuple[str, int]:

@@ -9,8 +9,11 @@ snapshots and jobs.  A post only makes it look earlier.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import errno
 import logging
+import math
 import os
 import threading
 import time
@@ -32,7 +35,6 @@ from shmcbw.errors import (
     TargetRefusedError,
 )
 from shmcbw.failpoints import hit, index_of
-from shmcbw.filter import in_use
 from shmcbw.image import Identity, ImageFile
 from shmcbw.layout import SNAPSHOT_COUNT, WORKER_COUNT_MIN, Geometry, Header, Slot, Snapshot
 from shmcbw.segment import (
@@ -44,10 +46,10 @@ from shmcbw.segment import (
     create,
     discard_unused,
     sweep,
-    unlink_all,
+    try_retire,
 )
 from shmcbw.slots import reap_slot
-from shmcbw.snapshots import SnapshotReader, broken_error, state_of, target_path, wake_all
+from shmcbw.snapshots import SnapshotReader, break_snapshot, broken_error, state_of, target_path, wake_all
 from shmcbw.status import describe_segment
 
 from . import jobs
@@ -61,6 +63,7 @@ log = logging.getLogger("shmcbw")
 LOOK_NS = 100_000_000
 REAP_SLOTS_S = 0.25
 READY_TIMEOUT_S = 10.0
+TAKE_OVER_S = 2.0
 
 
 @dataclass(slots=True)
@@ -84,6 +87,7 @@ class CoordinatorSnapshot(SnapshotReader):
         except BaseException:
             os.close(target_fd)
             raise
+        self._pid = os.getpid()
         self._coordinator = coordinator
         self._entry = entry
         self.cut_time_ns = entry.cut.time_ns
@@ -94,7 +98,9 @@ class CoordinatorSnapshot(SnapshotReader):
         if self._closed:
             return
         super().close()
-        self._coordinator.drop_snapshot(self._entry)
+        # In a forked child this is a copy: the snapshot is the parent's.
+        if self._pid == os.getpid():
+            self._coordinator.drop_snapshot(self._entry)
 
     def __enter__(self) -> CoordinatorSnapshot:
         return self
@@ -147,7 +153,8 @@ class Coordinator:
         self._closed = False
         self._slots_looked_s = 0.0
         self._pid = os.getpid()
-        self._image = ImageFile.open(image, writable=False)
+        # Absolute, once: the process may change its directory.
+        self._image = ImageFile.open(absolute(image), writable=False)
         for name in sweep():
             log.info("removed %s, which nobody used any more", name)
         try:
@@ -165,14 +172,14 @@ class Coordinator:
             self._segment.set_header(Header.coordinator_pid, self._pid)
             self._segment.set_header(Header.started_ns, time.time_ns())
             self._segment.set_text(Header.image_path.offset, Header.image_path, os.path.abspath(self.path))
-            self._pool = Pool(
-                self._segment, absolute(self.path), min(workers, self._segment.geometry.worker_count // 2)
-            )
+            self._pool = Pool(self._segment, self._image.path, min(workers, self._segment.geometry.worker_count // 2))
             if adopted:
                 self._adopt()
             self._pool.start()
             self._supervisor = threading.Thread(target=self._supervise, name="shmcbw-supervisor", daemon=True)
             self._supervisor.start()
+            # A program that ends without closing leaves no workers and no segment behind.
+            atexit.register(self.close)
         except BaseException:
             self._leave_segment()
             self._image.close()
@@ -232,7 +239,8 @@ class Coordinator:
             segment.snapshot(index, Snapshot.target_device), segment.snapshot(index, Snapshot.target_inode)
         )
         try:
-            target = TargetFile.adopt(target_path(segment, index), identity)
+            overwrite = bool(segment.snapshot(index, Snapshot.overwrite))
+            target = TargetFile.adopt(target_path(segment, index), identity, overwrite=overwrite)
             if target is None:
                 log.error("the target %s of an unfinished snapshot is gone: dropped", target_path(segment, index))
                 return None
@@ -285,7 +293,12 @@ class Coordinator:
         Parameters and errors as for `backup`.
         """
         entry = self._take_snapshot(scratch, "none", 0, on_cbw_error, cbw_timeout, overwrite, job=False)
-        snapshot = self._make_snapshot(entry)
+        try:
+            snapshot = self._make_snapshot(entry)
+        except BaseException:
+            with self._lock:
+                self._release_entry(entry)
+            raise
         with self._lock:
             self._snapshots[entry.index] = snapshot
         return snapshot
@@ -334,8 +347,11 @@ class Coordinator:
             raise ValueError(f"sync: {sync!r} is none of {', '.join(states.SYNCS)}")
         if on_cbw_error not in states.POLICIES:
             raise ValueError(f"on_cbw_error: {on_cbw_error!r} is none of {', '.join(states.POLICIES)}")
-        if speed < 0 or cbw_timeout < 0 or cbw_timeout > 1e9:
-            raise ValueError(f"speed {speed} bytes/s and cbw_timeout {cbw_timeout} s must not be negative or absurd")
+        if not 0 <= speed < 1 << 62:
+            raise ValueError(f"speed: {speed} bytes a second is not in 0..2^62")
+        if not 0 <= cbw_timeout <= 1e9:
+            raise ValueError(f"cbw_timeout: {cbw_timeout} s is not in 0..1e9")
+        self._check_process()
         with self._lock:
             self._check_open()
             index = self._free_index()
@@ -383,7 +399,8 @@ class Coordinator:
             self._reach("bitmap")
             fields = {
                 Snapshot.policy: states.POLICIES[on_cbw_error],
-                Snapshot.timeout_ns: int(cbw_timeout * 1e9),
+                # 0 means none: a tiny timeout is not that.
+                Snapshot.timeout_ns: math.ceil(cbw_timeout * 1e9),
                 Snapshot.sync: states.SYNCS[sync],
                 Snapshot.broken: 0,
                 Snapshot.broken_time_ns: 0,
@@ -395,6 +412,7 @@ class Coordinator:
                 Snapshot.target_device: file.identity.device,
                 Snapshot.target_inode: file.identity.inode,
                 Snapshot.job: int(job),
+                Snapshot.overwrite: int(file.overwrite),
                 Snapshot.cut_time_ns: 0,
                 Snapshot.drained_ns: 0,
             }
@@ -449,6 +467,7 @@ class Coordinator:
     def count_progress(self, entry: Entry) -> Progress:
         """Bytes by state, from the cluster bytes."""
         geometry = self._segment.geometry
+        self._check_process()
         with self._lock:
             if self._entries.get(entry.index) is not entry:
                 raise ClosedError("the snapshot is closed")
@@ -469,6 +488,7 @@ class Coordinator:
         no more: it may have finished at this moment."""
         if speed < 0:
             raise ValueError("Parameter 'speed' expects a non-negative value")
+        self._check_process()
         with self._lock:
             if self._entries.get(entry.index) is not entry:
                 return
@@ -477,10 +497,13 @@ class Coordinator:
             self._pool.wake()
 
     def cancel_job(self, job: Job) -> None:
-        """Cancel a job unless its target is being finished already."""
+        """Cancel a job, unless its target has its name already."""
+        self._check_process()
         with self._lock:
             if job.status == jobs.RUNNING:
                 self._abort(job, jobs.cancelled(job.id))
+            else:
+                job.cancel_requested = True
 
     # -- supervision -----------------------------------------------------------------------------------------------
 
@@ -492,7 +515,7 @@ class Coordinator:
                 with self._lock:
                     if not self._closing:
                         self._look()
-            except (OSError, ShmcbwError):
+            except Exception:  # the thread's outermost loop: it has to go on, others depend on it
                 log.exception("supervision of %s", self.path)
 
     def _look(self) -> None:
@@ -503,6 +526,10 @@ class Coordinator:
             self._reap_slots()
         for entry in list(self._entries.values()):
             self._complete_break(entry)
+            # No worker could open the target: nobody will copy, so nobody shall wait.
+            refusal = self._pool.refusal(entry.index, entry.serial)
+            if refusal and state_of(self._segment, entry.index) == states.ACTIVE:
+                break_snapshot(self._segment, entry.index, entry.serial, refusal, 0)
         for job in list(self._jobs.values()):
             if job.status == jobs.RUNNING:
                 self._advance(job)
@@ -561,30 +588,40 @@ class Coordinator:
             entry.target.sync()
             self._reach("synced")
             job.move(jobs.PENDING)
-            entry.target.finish()
-            self._reach("named")
-        except OSError as error:
-            message = f"finishing {job.target}: {error.strerror or error}"
             with self._lock:
-                self._abort(job, jobs.failure(error.errno or errno.EIO, message))
+                if job.cancel_requested:
+                    self._abort(job, jobs.cancelled(job.id))
+                    return
+                entry.target.finish()
+            self._reach("named")
+        except Exception as error:  # the thread's outermost level: whatever it is, the job ends with it
+            number = error.errno if isinstance(error, OSError) else None
+            message = f"finishing {job.target}: {getattr(error, 'strerror', None) or error}"
+            with self._lock:
+                self._abort(job, jobs.failure(number or errno.EIO, message))
             return
         with self._lock:
-            self._release_entry(entry)
-            job.move(jobs.CONCLUDED)
+            try:
+                self._release_entry(entry)
+            finally:
+                job.move(jobs.CONCLUDED)
 
     def _abort(self, job: Job, error: BaseException) -> None:
         if isinstance(error, ShmcbwError):
             log.warning("%r: %s", job, error)
         job.move(jobs.ABORTING, error)
-        if job._entry.index in self._entries:
-            job.freeze_progress(self.count_progress(job._entry))
-            self._release_entry(job._entry)
-        job.move(jobs.CONCLUDED)
+        try:
+            if self._entries.get(job._entry.index) is job._entry:
+                job.freeze_progress(self.count_progress(job._entry))
+                self._release_entry(job._entry)
+        finally:
+            job.move(jobs.CONCLUDED)
 
     # -- what there is ---------------------------------------------------------------------------------------------
 
     def status(self) -> dict[str, Any]:
         """Plain data: image, epoch, slots, workers, snapshots, jobs, counters."""
+        self._check_process()
         with self._lock:
             self._check_open()
             status = describe_segment(self._segment, self.path)
@@ -592,8 +629,14 @@ class Coordinator:
         return status
 
     def _check_open(self) -> None:
-        if self._closed or self._pid != os.getpid():
+        self._check_process()
+        if self._closed:
             raise ClosedError("the coordinator is closed")
+
+    def _check_process(self) -> None:
+        """A forked child has a copy of this object, with a lock that nobody may ever release."""
+        if self._pid != os.getpid():
+            raise ClosedError("the coordinator belongs to the parent process")
 
     # -- the end ---------------------------------------------------------------------------------------------------
 
@@ -601,35 +644,46 @@ class Coordinator:
         """Cancel jobs, drop snapshots, end the workers, and let the segment go.
 
         Writers that are still attached go on in it, with nothing to copy, until they leave or the next coordinator
-        adopts it.  Closing twice is harmless.
+        adopts it.  Each stage runs also when one before it failed or was interrupted.  Closing twice is harmless.
         """
+        if self._pid != os.getpid():
+            return
         with self._lock:
-            if self._closed or self._pid != os.getpid():
+            if self._closed:
                 return
             self._closed = True
-            for job in list(self._jobs.values()):
-                self.cancel_job(job)
+        atexit.unregister(self.close)
+        with contextlib.ExitStack() as stages:
+            # In reverse: what is pushed last runs first.
+            stages.callback(self._image.close)
+            stages.callback(self._leave_segment)
+            stages.callback(self._end_supervision)
+            stages.callback(self._drop_everything)
+            stages.callback(self._cancel_all)
+
+    def _cancel_all(self) -> None:
+        for job in self.jobs:
+            self.cancel_job(job)
         for thread in list(self._finishing.values()):
             thread.join()
+
+    def _drop_everything(self) -> None:
         for snapshot in self.snapshots:
             snapshot.close()
         with self._lock:
-            self._closing = True
+            for entry in list(self._entries.values()):
+                self._release_entry(entry)
+
+    def _end_supervision(self) -> None:
+        self._closing = True
         self._segment.semaphore("c").post()
         self._supervisor.join()
-        self._leave_segment()
-        self._image.close()
 
     def _leave_segment(self) -> None:
         if hasattr(self, "_pool"):
             self._pool.stop()
         segment = self._segment
-        # A writer that attaches takes a slot's lock and then looks at `retired`: one of us sees the other.
-        segment.set_header(Header.retired, 1)
-        if in_use(segment):
-            segment.set_header(Header.retired, 0)
-        else:
-            unlink_all(segment.identity)
+        try_retire(segment)
         segment.set_header(Header.coordinator_pid, 0)
         segment.unlock(COORDINATOR)
         segment.close()
@@ -650,7 +704,8 @@ def _own_segment(
     image: ImageFile, geometry: Geometry, access: Access, cluster_size: int | None, slots: int | None
 ) -> tuple[Segment, bool]:
     """Create the image's segment, or take over the one that a dead coordinator left: (segment, adopted)."""
-    for _ in range(100):
+    deadline = time.monotonic() + TAKE_OVER_S
+    while True:
         try:
             return create(image, geometry, access), False
         except FileExistsError:
@@ -669,6 +724,10 @@ def _own_segment(
         if not segment.try_lock(COORDINATOR):
             pid = segment.header(Header.coordinator_pid)
             segment.close()
+            # Whoever leaves last, or sweeps, holds this lock for a moment too.
+            if time.monotonic() < deadline and not _lives(pid):
+                time.sleep(0.01)
+                continue
             raise CoordinatorRunningError(
                 errno.EBUSY, f"{image.path}: a coordinator serves this image already (pid {pid or 'unknown'})"
             )
@@ -677,8 +736,7 @@ def _own_segment(
             continue
         found = segment.geometry
         fits = cluster_size in (None, found.cluster_size) and slots in (None, found.slot_count)
-        if not in_use(segment):
-            unlink_all(image.identity)
+        if try_retire(segment):
             segment.close()
         elif fits:
             segment.set_header(Header.retired, 0)
@@ -689,7 +747,19 @@ def _own_segment(
                 f"{image.path}: writers or unfinished jobs use its segment with cluster size {found.cluster_size} and "
                 f"{found.slot_count} slots: adopt it with these, or end them first"
             )
-    raise CoordinatorRunningError(errno.EBUSY, f"{image.path}: other coordinators keep coming and going")
+
+
+def _lives(pid: int) -> bool:
+    """Whether a process has this id, for a message's sake: the lock decides who owns what."""
+    if pid == 0:
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _job_status(job: Job) -> dict[str, Any]:

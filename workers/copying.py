@@ -91,10 +91,22 @@ def copy_run(
                 result.written_bytes += length
                 result.add(cluster, run_end, copied_state)
             cluster = run_end
+        _check_size(source)
     except OSError as error:
         result.error = _explain(error, source)
         result.failed_cluster = cluster
+        if file_size(source.file.fd) < source.size_bytes:
+            # What was read may have been beyond its end: nothing of this run counts.
+            result.runs.clear()
+            result.failed_cluster = first
     return result
+
+
+def _check_size(source: Source) -> None:
+    """After the reads: beyond the end of a truncated file everything looks like a hole, or like zeroes."""
+    size = file_size(source.file.fd)
+    if size < source.size_bytes:
+        raise OSError(errno.EIO, f"the source was truncated to {size} bytes")
 
 
 def _is_zero(source: Source, cluster: int, cluster_size: int) -> bool:

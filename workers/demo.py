@@ -137,7 +137,7 @@ class _Writers:
     def start(self, interrupts: _Interrupts) -> None:
         """Start them; returns when each has written."""
         for number in range(self._count):
-            command = [sys.executable, "-m", "shmcbw.workers.demo", str(self._directory), str(number)]
+            command = [sys.executable, "-P", "-m", "shmcbw.workers.demo", str(self._directory), str(number)]
             with self._file(number, "err").open("wb") as errors:
                 self._processes.append(
                     # A group of their own: a terminal's Ctrl-C is the parent's to judge.

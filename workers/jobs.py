@@ -61,6 +61,8 @@ class Job:
         self._status = CREATED
         self._error: BaseException | None = None
         self._progress: Progress | None = None
+        #: Set by `Coordinator.cancel_job` while the target is being synced.
+        self.cancel_requested = False
 
     @property
     def status(self) -> str:

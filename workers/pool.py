@@ -29,6 +29,7 @@ _REAPED, _GENERATION = index_of("coordinator.reaped"), index_of("adopt.generatio
 START_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 5.0
 RESPAWN_PAUSE_S = 0.5
+PATIENCE_S = 2.0
 
 
 class Pool:
@@ -79,6 +80,8 @@ class Pool:
         self._return_claims(worker_id)
         command = [
             sys.executable,
+            # Not the current directory: a file in it could take the place of a module.
+            "-P",
             "-m",
             "shmcbw.workers.copy_worker",
             self._image_path,
@@ -135,19 +138,28 @@ class Pool:
         segment.unlock(worker_byte(worker_id))
 
     def wait_ready(self, index: int, serial: int, timeout_s: float) -> int:
-        """Wait until every living worker has tried to open a snapshot's target: 0, or the errno of the first refusal.
+        """Wait until the workers have tried to open a snapshot's target: 0, or the errno of the first refusal.
 
-        TimeoutError if one does not answer.
+        Dead workers are replaced meanwhile.  One that neither dies nor answers (stopped) is not waited for longer than
+        two seconds if another one is ready; TimeoutError if none is after ``timeout_s``.
         """
-        deadline = time.monotonic() + timeout_s
+        started = time.monotonic()
         while True:
+            self.supervise()
             answers = [self._answer(worker_id, index, serial) for worker_id in self._processes]
-            if all(answer is not None for answer in answers):
-                return next((answer for answer in answers if answer), 0)
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"the copy workers did not open the target within {timeout_s} s")
+            refusal = next((answer for answer in answers if answer), 0)
+            waited = time.monotonic() - started
+            if refusal or None not in answers or (0 in answers and waited > min(PATIENCE_S, timeout_s)):
+                return refusal
+            if waited > timeout_s:
+                raise TimeoutError(f"no copy worker has opened the target within {timeout_s} s")
             self.wake()
             self._segment.semaphore("c").wait(5_000_000)
+
+    def refusal(self, index: int, serial: int) -> int:
+        """The errno with which all workers failed to open a snapshot's target; 0 if any of them serves it."""
+        answers = [self._answer(worker_id, index, serial) for worker_id in self._processes]
+        return 0 if None in answers or 0 in answers or not answers else answers[0] or 0
 
     def _answer(self, worker_id: int, index: int, serial: int) -> int | None:
         memory, geometry = self._segment.memory, self._segment.geometry

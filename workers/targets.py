@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import stat
 import weakref
 
-from shmcbw.errors import TargetRefusedError
+from shmcbw.errors import ImageError, TargetRefusedError
 from shmcbw.image import Identity, ImageFile
 from shmcbw.layout import PATH_SIZE
+
+log = logging.getLogger("shmcbw")
 
 PARTIAL_SUFFIX = ".shmcbw-partial"
 
@@ -35,7 +38,7 @@ class TargetFile:
         self.working_path = working_path
         self.fd = fd
         self.identity = identity
-        self._overwrite = overwrite
+        self.overwrite = overwrite
         _files.add(self)
 
     @classmethod
@@ -49,9 +52,8 @@ class TargetFile:
         working = path + PARTIAL_SUFFIX
         # Like cp: the source's permission bits, cut by the umask.
         permissions = stat.S_IMODE(os.fstat(image.fd).st_mode) & 0o666 | 0o600
-        fd = _create_file(working, path, permissions)
+        fd = _create_file(working, path, image, permissions)
         try:
-            os.ftruncate(fd, 0)
             os.ftruncate(fd, image.size_bytes)
             if mode is not None:
                 os.fchmod(fd, mode)
@@ -62,17 +64,20 @@ class TargetFile:
         return cls(path, working, fd, Identity.of(os.fstat(fd)), overwrite=overwrite)
 
     @classmethod
-    def adopt(cls, working_path: str, identity: Identity) -> TargetFile | None:
+    def adopt(cls, working_path: str, identity: Identity, *, overwrite: bool) -> TargetFile | None:
         """The target of a dead coordinator, under its working or already under its final name; None if it is gone."""
         final = working_path.removesuffix(PARTIAL_SUFFIX)
-        for name in (working_path, final):
+        for name in (final, working_path):
             try:
                 fd = os.open(name, os.O_RDWR | os.O_CLOEXEC)
             except OSError:
                 continue
             if Identity.of(os.fstat(fd)) == identity:
                 fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                return cls(final, name, fd, identity, overwrite=True)
+                if name == final and working_path != final and _is(working_path, identity):
+                    # Died between giving it its name and taking the other one away.
+                    os.unlink(working_path)
+                return cls(final, name, fd, identity, overwrite=overwrite)
             os.close(fd)
         return None
 
@@ -86,7 +91,7 @@ class TargetFile:
             return
         if Identity.of(os.stat(self.working_path)) != self.identity:
             raise OSError(errno.ESTALE, f"{self.working_path} was replaced while it was written")
-        if self._overwrite:
+        if self.overwrite:
             os.rename(self.working_path, self.path)
         else:
             # link() fails where rename() would replace a file that appeared since the check.
@@ -100,12 +105,12 @@ class TargetFile:
             os.close(directory)
 
     def remove(self) -> None:
-        """Remove what is not finished, if it still is our file."""
+        """Remove what is not finished, if it still is our file.  What can't be removed stays, and the log says so."""
         try:
-            if Identity.of(os.stat(self.working_path)) == self.identity:
+            if _is(self.working_path, self.identity):
                 os.unlink(self.working_path)
-        except FileNotFoundError:
-            pass
+        except OSError as error:
+            log.warning("the unfinished %s can't be removed: %s", self.working_path, error.strerror)
 
     def close(self) -> None:
         if self.fd >= 0:
@@ -166,6 +171,13 @@ def _check_space(path: str, image: ImageFile, full: bool) -> None:
         )
 
 
+def _is(path: str, identity: Identity) -> bool:
+    try:
+        return Identity.of(os.stat(path)) == identity
+    except (OSError, ImageError):
+        return False
+
+
 def resolve(path: str | os.PathLike[str]) -> str:
     """The name behind links: the final rename must replace the file, not a link to it."""
     final = os.path.realpath(os.fspath(path))
@@ -192,18 +204,21 @@ def remove_unheld(working: str) -> None:
         os.close(fd)
 
 
-def _create_file(working: str, final: str, permissions: int) -> int:
-    """Create the file exclusively, or take over one that nobody holds."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+def _create_file(working: str, final: str, image: ImageFile, permissions: int) -> int:
+    """Create the file, always anew: what a dead backup has left under the name is removed first."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
-        fd = os.open(working, flags | os.O_EXCL, permissions)
-    except FileExistsError:
-        fd = _open_existing(working, final)
+        try:
+            fd = os.open(working, flags, permissions)
+        except FileExistsError:
+            _remove_abandoned(working, final, image)
+            fd = os.open(working, flags, permissions)
     except OSError as error:
+        if isinstance(error, TargetRefusedError):
+            raise
         raise TargetRefusedError(error.errno, f"target {final}: {working}: {error.strerror}") from error
     try:
         # Shared by us, and by the workers through their own descriptors: an exclusive lock means that nobody is left.
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(fd)
@@ -211,14 +226,28 @@ def _create_file(working: str, final: str, permissions: int) -> int:
     return fd
 
 
-def _open_existing(working: str, final: str) -> int:
-    """A partial file of a dead backup.  Not somebody else's: they could go on writing it, or read what we write."""
+def _remove_abandoned(working: str, final: str, image: ImageFile) -> None:
+    """Remove the partial file of a dead backup; refuse whatever is not surely that.
+
+    Not the source, not somebody else's file, not one with another name (it may be a finished backup, or anything), and
+    not one that a backup is writing.
+    """
+    fd = os.open(working, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
-        fd = os.open(working, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except OSError as error:
-        raise TargetRefusedError(error.errno, f"target {final}: {working}: {error.strerror}") from error
-    status = os.fstat(fd)
-    if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_nlink != 1:
+        status = os.fstat(fd)
+        if (
+            not stat.S_ISREG(status.st_mode)
+            or status.st_uid != os.geteuid()
+            or status.st_nlink != 1
+            or Identity.of(status) == image.identity
+        ):
+            raise TargetRefusedError(
+                errno.EEXIST, f"target {final}: {working} is there and is not the rest of a backup of ours"
+            )
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TargetRefusedError(errno.EBUSY, f"target {final}: another backup is writing {working}") from None
+        os.unlink(working)
+    finally:
         os.close(fd)
-        raise TargetRefusedError(errno.EPERM, f"target {final}: {working} is there and is not a file of ours")
-    return fd

@@ -595,7 +595,10 @@ static PyObject *filter_pread(PyObject *object, PyObject *const *args, Py_ssize_
     if (!get_position(self, args[0], &length) || !get_position(self, args[1], &offset))
         return NULL;
     /* Before memory is asked for: a length from outside must not exhaust it. */
-    if (self->initialised && length > self->shared.image_size) {
+    if (!self->initialised || !self->open)
+        if (resolve(self, REASON_ATTACH, 0, 0, 0) != 0)
+            return NULL;
+    if (!self->initialised || length > self->shared.image_size) {
         refuse(self, REASON_RANGE, offset, length);
         return NULL;
     }
@@ -720,17 +723,23 @@ static PyObject *filter_stop(PyObject *object, PyObject *unused)
     return PyLong_FromSize_t(self->busy);
 }
 
+enum release_mode {
+    RELEASE_IDLE = 0,   /* nobody may be inside */
+    RELEASE_INSIDE = 1, /* called by _resolve to attach anew: readers may be inside, their mapping stays */
+    RELEASE_FORKED = 2, /* in a child: the threads that were inside do not exist */
+};
+
 static PyObject *filter_release(PyObject *object, PyObject *argument)
 {
     struct filter *self = (struct filter *)object;
-    int force = PyObject_IsTrue(argument);
-    if (force < 0)
+    uint64_t mode;
+    if (!as_u64(argument, "mode", &mode))
         return NULL;
-    /* force: in a forked child, where the threads that were inside do not exist. */
-    if (self->busy != 0 && !force)
+    if (self->busy != 0 && mode == RELEASE_IDLE)
         return PyErr_Format(PyExc_ValueError, "release: %zu calls are inside", self->busy);
     self->open = false;
-    self->busy = 0;
+    if (mode == RELEASE_FORKED)
+        self->busy = 0;
     clear(self);
     Py_RETURN_NONE;
 }

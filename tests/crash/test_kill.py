@@ -158,3 +158,23 @@ def test_a_writer_killed_while_it_waits_leaves_nothing_behind(make_image: Callab
         continue_all(pids)
         assert image.read_bytes() == expected
         assert check(coordinator._segment) == []
+
+
+def test_a_backup_starts_at_once_although_a_worker_has_just_died(
+    make_image: Callable[..., Path], tmp_path: Path
+) -> None:
+    image = make_image(SIZE)
+    with Coordinator(image, workers=2) as coordinator:
+        os.kill(worker_pids(coordinator)[0], signal.SIGKILL)
+        coordinator.backup(tmp_path / "out").wait(20)
+    assert (tmp_path / "out").read_bytes() == image.read_bytes()
+
+
+def test_a_backup_starts_although_a_worker_is_stopped(make_image: Callable[..., Path], tmp_path: Path) -> None:
+    image = make_image(SIZE)
+    with Coordinator(image, workers=2) as coordinator:
+        stopped = worker_pids(coordinator)[:1]
+        stop_all(stopped)
+        coordinator.backup(tmp_path / "out").wait(20)
+        continue_all(stopped)
+    assert (tmp_path / "out").read_bytes() == image.read_bytes()

@@ -110,3 +110,27 @@ def test_a_child_of_the_coordinators_process_does_not_keep_its_lock(make_image: 
             disk.pwrite(b"x", 0)
             assert coordinator.status()["coordinator_alive"]
         os.kill(child, signal.SIGKILL)
+
+
+def test_a_child_that_leaves_the_parents_with_block_drops_nothing(
+    make_image: Callable[..., Path], tmp_path: Path
+) -> None:
+    image = make_image(SIZE)
+    with Coordinator(image, workers=1) as coordinator, shmcbw.open(image) as disk:
+        with coordinator.snapshot(tmp_path / "scratch") as snapshot:
+            expected = disk.pread(SIZE, 0)
+            job = coordinator.backup(tmp_path / "out", speed=1)
+
+            def child() -> None:
+                snapshot.close()
+                for call in (job.cancel, job.progress, coordinator.status, lambda: job.set_speed(1)):
+                    with pytest.raises(shmcbw.ClosedError):
+                        call()
+                coordinator.close()
+
+            assert in_child(child) == 0
+            disk.pwrite(b"x" * 100, 0)
+            assert snapshot.pread(SIZE, 0) == expected
+            job.set_speed(0)
+            job.wait(10)
+    assert (tmp_path / "out").read_bytes() == expected

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -233,6 +234,63 @@ def test_a_backup_of_a_killed_coordinator_goes_on_and_ends_right(image: Path, tm
             job.wait(20)
             assert coordinator.status()["snapshots"] == []
     assert (tmp_path / "out").read_bytes() == expected
+
+
+def test_a_handle_whose_segment_was_removed_meanwhile_attaches_anew(image: Path, tmp_path: Path) -> None:
+    """No thread of it had a slot, so the next coordinator could not know of it: its next write must not bypass cuts."""
+    owner = start_owner(image)
+    opened: list[shmcbw.Disk] = []
+    thread = threading.Thread(target=lambda: opened.append(shmcbw.open(image)))
+    thread.start()
+    thread.join()
+    (disk,) = opened
+    owner.kill()
+    owner.wait()
+    wait_for(lambda: not segment_file(image).exists(), "the orphans remove the segment", 20)
+    with Coordinator(image, workers=1) as coordinator, coordinator.snapshot(tmp_path / "scratch") as snapshot:
+        expected = snapshot.pread(SIZE, 0)
+        disk.pwrite(b"new" * 1000, 0)
+        assert snapshot.pread(SIZE, 0) == expected
+        assert len(coordinator.status()["slots"]) == 1
+        disk.close()
+
+
+def test_an_adopted_backup_replaces_no_file_that_it_was_not_allowed_to(image: Path, tmp_path: Path) -> None:
+    owner = start_owner(image, str(tmp_path / "out"))
+    owner.kill()
+    owner.wait()
+    (tmp_path / "out").write_bytes(b"precious")
+    with Coordinator(image, workers=1) as coordinator:
+        (job,) = coordinator.jobs
+        job.set_speed(0)
+        with pytest.raises(shmcbw.JobFailedError):
+            job.wait(20)
+    assert (tmp_path / "out").read_bytes() == b"precious"
+
+
+def test_a_program_that_ends_without_closing_leaves_nothing(image: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys\nfrom shmcbw.workers import Coordinator\n"
+        "coordinator = Coordinator(sys.argv[1], workers=1)\ncoordinator.backup(sys.argv[2], speed=1)\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(image), str(tmp_path / "out")], check=True, timeout=30)
+    assert not segment_file(image).exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["disk.img"]
+
+
+def test_writers_that_come_and_go_do_not_keep_a_coordinator_from_starting(image: Path) -> None:
+    script = (
+        "import sys, shmcbw\nwhile True:\n    try:\n        shmcbw.open(sys.argv[1]).close()\n"
+        "    except shmcbw.ShmcbwError:\n        pass\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, str(image)]) as writer:
+        try:
+            for _ in range(10):
+                Coordinator(image, workers=1).close()
+        finally:
+            writer.kill()
+    with Coordinator(image, workers=1):
+        pass
 
 
 def test_writers_stay_when_the_coordinator_closes_and_the_last_one_cleans_up(image: Path) -> None:

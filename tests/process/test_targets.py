@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -181,10 +182,103 @@ def test_two_backups_into_one_target_are_refused(coordinator: Coordinator, tmp_p
     assert (tmp_path / "out").read_bytes() == Path(coordinator.path).read_bytes()
 
 
-def test_an_abandoned_partial_file_is_taken_over(coordinator: Coordinator, tmp_path: Path) -> None:
+def test_the_rest_of_a_dead_backup_is_replaced_by_a_new_file(coordinator: Coordinator, tmp_path: Path) -> None:
     (tmp_path / "out.shmcbw-partial").write_bytes(b"rest of a backup before a reboot")
-    coordinator.backup(tmp_path / "out").wait(10)
+    before = (tmp_path / "out.shmcbw-partial").stat().st_ino
+    with (tmp_path / "out.shmcbw-partial").open("rb") as held:
+        coordinator.backup(tmp_path / "out").wait(10)
+        assert held.read() == b"rest of a backup before a reboot", "who has the old one open does not see the new one"
+    assert (tmp_path / "out").stat().st_ino != before
     assert (tmp_path / "out").read_bytes() == Path(coordinator.path).read_bytes()
+
+
+def test_a_partial_name_that_leads_to_the_source_is_refused(coordinator: Coordinator, tmp_path: Path) -> None:
+    source = Path(coordinator.path)
+    expected = source.read_bytes()
+    os.link(source, tmp_path / "out.shmcbw-partial")
+    refused(coordinator, tmp_path / "out", errno.EEXIST)
+    assert source.read_bytes() == expected
+
+
+def test_an_image_whose_own_name_is_the_partial_name_is_refused(
+    make_image: Callable[..., Path], tmp_path: Path
+) -> None:
+    image = make_image(SIZE, "rescued.shmcbw-partial")
+    expected = image.read_bytes()
+    with Coordinator(image, workers=1) as coordinator:
+        refused(coordinator, tmp_path / "rescued", errno.EEXIST)
+    assert image.read_bytes() == expected
+
+
+def test_a_partial_name_of_a_finished_backup_is_refused(coordinator: Coordinator, tmp_path: Path) -> None:
+    """A coordinator died between giving the backup its name and taking the other one away."""
+    (tmp_path / "out").write_bytes(b"o" * SIZE)
+    os.link(tmp_path / "out", tmp_path / "out.shmcbw-partial")
+    refused(coordinator, tmp_path / "out", errno.EEXIST, overwrite=True)
+    assert (tmp_path / "out").read_bytes() == b"o" * SIZE
+
+
+def test_somebody_elses_partial_file_is_refused(coordinator: Coordinator, tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        assert not os.environ.get("CI"), "CI must run as root"
+        pytest.skip("giving a file to another user needs root")
+    (tmp_path / "out.shmcbw-partial").write_bytes(b"theirs")
+    os.chown(tmp_path / "out.shmcbw-partial", 12345, 12345)
+    refused(coordinator, tmp_path / "out", errno.EEXIST)
+    assert (tmp_path / "out.shmcbw-partial").read_bytes() == b"theirs"
+
+
+@pytest.mark.parametrize("sync", ["full", "top"])
+@pytest.mark.parametrize("size", [SIZE // 2, SIZE // 2 + 100, SIZE - 1])
+def test_a_source_that_is_truncated_fails_the_job(
+    coordinator: Coordinator, tmp_path: Path, sync: str, size: int
+) -> None:
+    """Beyond the end of a truncated file everything looks like a hole, or like zeroes."""
+    job = coordinator.backup(tmp_path / "out", sync=sync, speed=1)
+    os.truncate(coordinator.path, size)
+    job.set_speed(0)
+    with pytest.raises(shmcbw.JobFailedError) as caught:
+        job.wait(10)
+    assert caught.value.errno == errno.EIO
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["disk.img"]
+
+
+def test_a_target_that_no_worker_can_open_any_more_fails_the_job(coordinator: Coordinator, tmp_path: Path) -> None:
+    job = coordinator.backup(tmp_path / "out", speed=1)
+    os.rename(tmp_path / "out.shmcbw-partial", tmp_path / "elsewhere")
+    for worker in coordinator.status()["workers"]:
+        os.kill(worker["pid"], signal.SIGKILL)
+    with pytest.raises(shmcbw.SnapshotBrokenError) as caught:
+        job.wait(20)
+    assert caught.value.errno == errno.ENOENT
+
+
+def test_a_target_directory_that_can_not_be_written_any_more_ends_the_job_all_the_same(
+    coordinator: Coordinator, tmp_path: Path
+) -> None:
+    (tmp_path / "sub").mkdir()
+    job = coordinator.backup(tmp_path / "sub" / "out", speed=1)
+    os.rename(tmp_path / "sub", tmp_path / "moved")
+    (tmp_path / "sub").write_bytes(b"a file where the directory was")
+    job.cancel()
+    with pytest.raises(shmcbw.JobCancelledError):
+        job.wait(10)
+
+
+def test_the_current_directory_may_change(
+    make_image: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_image(SIZE)
+    (tmp_path / "elsewhere").mkdir()
+    # A module of ours must not be taken from there either.
+    (tmp_path / "elsewhere" / "fcntl.py").write_text("raise SystemExit('the wrong fcntl')")
+    monkeypatch.chdir(tmp_path)
+    with Coordinator("disk.img", workers=1) as coordinator:
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        for worker in coordinator.status()["workers"]:
+            os.kill(worker["pid"], signal.SIGKILL)
+        with coordinator.snapshot(tmp_path / "scratch") as snapshot:
+            assert snapshot.pread(10, 0) == (tmp_path / "disk.img").read_bytes()[:10]
 
 
 def test_a_target_through_a_symbolic_link_ends_behind_it(coordinator: Coordinator, tmp_path: Path) -> None:
