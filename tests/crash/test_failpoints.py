@@ -131,6 +131,10 @@ class Round:
             except psutil.NoSuchProcess:
                 pass
 
+    def has_reached(self, name: str) -> bool:
+        self.wake_stopped()
+        return is_spent(self.image, name)
+
     def end(self) -> None:
         self.disk.close()
         for writer in self.writers:
@@ -147,6 +151,7 @@ class Round:
 def _readable(owner: Owner) -> bool:
     import select
 
+    assert owner.process.stdout is not None
     return bool(select.select([owner.process.stdout], [], [], 0.05)[0])
 
 
@@ -207,7 +212,7 @@ def test_at_every_point_anybody_may_die_or_stop(
             _kill_a_worker(world)
         world.drive(do="wait")
         world.drive(do="drop")
-        wait_for(lambda: (world.wake_stopped(), is_spent(image, name))[1], f"{name} is reached", 10)
+        wait_for(lambda: world.has_reached(name), f"{name} is reached", 10)
         world.wake_stopped()
         if world.owner.process.poll() is not None:
             world.restart()
