@@ -40,6 +40,7 @@ from .layout import MAGIC, SNAPSHOT_COUNT, VERSION, WORKER_ID_MAX, Geometry, Hea
 
 SHM = Path("/dev/shm")
 COORDINATOR = 0
+UNFINISHED_S = 10.0
 _SEMAPHORE_FILE_BYTES = 32
 
 
@@ -572,6 +573,9 @@ def sweep() -> list[str]:
         try:
             device, inode = (int(part, 16) for part in file.split("-")[1:])
             segment = attach_named(Identity(device, inode), os.geteuid())
+        except NoCoordinatorError:
+            _sweep_unfinished(Identity(device, inode))
+            continue
         except (ShmcbwError, OSError, ValueError):
             continue
         try:
@@ -583,6 +587,16 @@ def sweep() -> list[str]:
         finally:
             segment.close()
     return removed
+
+
+def _sweep_unfinished(identity: Identity) -> None:
+    """Remove what a coordinator left that died while it made its segment; not what one is making at this moment."""
+    try:
+        age_s = time.time() - os.stat(f"{SHM}{segment_name(identity)}").st_mtime
+        if age_s > UNFINISHED_S:
+            discard_unused(identity, os.geteuid(), wait_s=0.0)
+    except (ShmcbwError, OSError):
+        pass
 
 
 def _unneeded(segment: Segment) -> bool:

@@ -64,6 +64,7 @@ LOOK_NS = 100_000_000
 REAP_SLOTS_S = 0.25
 READY_TIMEOUT_S = 10.0
 TAKE_OVER_S = 2.0
+JOBS_KEPT = 100
 
 
 @dataclass(slots=True)
@@ -305,7 +306,7 @@ class Coordinator:
 
     @property
     def jobs(self) -> list[Job]:
-        """All jobs of this coordinator, also adopted and concluded ones."""
+        """The jobs of this coordinator, also adopted ones, and the last 100 that are concluded."""
         with self._lock:
             return list(self._jobs.values())
 
@@ -319,6 +320,10 @@ class Coordinator:
         job = Job(self, entry, f"backup{self._next_job}", sync)
         self._next_job += 1
         self._jobs[job.id] = job
+        concluded = [each for each in self._jobs.values() if each.status == jobs.CONCLUDED]
+        for old in concluded[:-JOBS_KEPT]:
+            del self._jobs[old.id]
+            self._finishing.pop(old.id, None)
         job.move(jobs.RUNNING)
         return job
 

@@ -144,6 +144,19 @@ def test_an_unfinished_segment_of_a_dead_creator_is_discarded(image: Path) -> No
         disk.pwrite(b"x", 0)
 
 
+def test_an_unfinished_segment_of_another_image_is_swept_when_it_is_old(
+    image: Path, make_image: Callable[..., Path]
+) -> None:
+    file = segment_file(make_image(SIZE, "other.img"))
+    file.write_bytes(bytes(8192))
+    file.chmod(0o600)
+    Coordinator(image, workers=1).close()
+    assert file.exists(), "a coordinator may be making it at this moment"
+    os.utime(file, (0, 0))
+    Coordinator(image, workers=1).close()
+    assert not file.exists()
+
+
 def test_a_segment_from_before_the_boot_is_discarded(image: Path) -> None:
     owner = start_owner(image)
     with segment_file(image).open("r+b") as file:
