@@ -28,7 +28,6 @@ import stat
 import struct
 import time
 import weakref
-from pathlib import Path
 from typing import NamedTuple
 
 import posix_ipc
@@ -38,7 +37,7 @@ from .errors import ForeignSegmentError, LayoutVersionError, NoCoordinatorError,
 from .image import Identity, ImageFile
 from .layout import MAGIC, SNAPSHOT_COUNT, VERSION, WORKER_ID_MAX, Geometry, Header, Snapshot, Word
 
-SHM = Path("/dev/shm")
+SHM = "/dev/shm"
 COORDINATOR = 0
 UNFINISHED_S = 10.0
 _SEMAPHORE_FILE_BYTES = 32
@@ -61,13 +60,15 @@ def segment_name(identity: Identity) -> str:
 
 def boot_id() -> bytes:
     """16 bytes that change with every boot (a uuid)."""
-    return bytes.fromhex(Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", ""))
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        return bytes.fromhex(file.read().strip().replace("-", ""))
 
 
 def start_ticks(pid: int) -> int:
     """Field 22 of /proc/PID/stat: with the pid it names a process for good.  0 if there is none."""
     try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        with open(f"/proc/{pid}/stat") as file:
+            return int(file.read().rpartition(")")[2].split()[19])
     except (OSError, IndexError, ValueError):
         return 0
 
@@ -85,7 +86,7 @@ class Access(NamedTuple):
             return cls()
         return cls(0o660, grp.getgrnam(group).gr_gid if isinstance(group, str) else group)
 
-    def apply(self, file: int | Path) -> None:
+    def apply(self, file: int | str) -> None:
         """Set mode and group of a new object, past the umask."""
         if self.group != -1:
             os.chown(file, -1, self.group)
@@ -375,7 +376,7 @@ def _create_semaphore(name: str, access: Access) -> None:
                 raise ForeignSegmentError(errno.EPERM, f"semaphore {name} belongs to somebody else ({error})") from None
         except posix_ipc.Error as error:
             raise ForeignSegmentError(errno.EPERM, f"semaphore {name} can't be made: {error}") from None
-    access.apply(SHM / f"sem.{name[1:]}")
+    access.apply(f"{SHM}/sem.{name[1:]}")
 
 
 def attach(image: ImageFile) -> Segment:

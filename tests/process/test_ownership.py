@@ -14,13 +14,15 @@ import psutil
 import pytest
 
 import shmcbw
+from shmcbw import segment as segments
 from shmcbw.image import Identity
 from shmcbw.layout import Header
-from shmcbw.segment import SHM, segment_name, sweep
+from shmcbw.segment import segment_name, sweep
 from shmcbw.workers import Coordinator
 from tests.conftest import wait_for
 from tests.processes import running, write_forever
 
+SHM = Path(segments.SHM)
 SIZE = 4 << 20
 
 OWNER = """
