@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import mmap
 import os
-from typing import NamedTuple
 
 from . import _core
 from .segment import SHM, Access, Segment, create_shared_memory, open_shared_memory, unlink_shared_memory
@@ -34,15 +33,18 @@ COPIED_FOR_WRITER = 242
 ZERO = 243
 
 
-class Counts(NamedTuple):
+class Counts:
     """Clusters by state."""
 
-    pending: int
-    copying: int
-    copied: int
-    skipped: int
-    copied_for_writer: int
-    zero: int
+    def __init__(
+        self, pending: int, copying: int, copied: int, skipped: int, copied_for_writer: int, zero: int
+    ) -> None:
+        self.pending = pending
+        self.copying = copying
+        self.copied = copied
+        self.skipped = skipped
+        self.copied_for_writer = copied_for_writer
+        self.zero = zero
 
     @property
     def open(self) -> int:

@@ -337,7 +337,7 @@ def _failpoints(options: argparse.Namespace) -> int:
     from .failpoints import POINTS
 
     if options.json:
-        print(json.dumps({"failpoints": [point._asdict() for point in POINTS]}))
+        print(json.dumps({"failpoints": [vars(point) for point in POINTS]}))
     else:
         print("\n".join(f"{point.name:24} {point.protocol:10} {point.step}" for point in POINTS))
     return 0

@@ -18,11 +18,12 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import TYPE_CHECKING, NamedTuple
 
 from . import _core
 from .layout import FAILPOINT_COUNT, Header
 
+# typing takes as long to import as all the rest of what a writer imports; type checkers take this name for True.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
@@ -33,12 +34,13 @@ ACTIONS = {"kill": KILL, "stop": STOP, "delay": DELAY, "errno": ERRNO}
 ENVIRONMENT = "SHMCBW_FAILPOINTS"
 
 
-class Failpoint(NamedTuple):
+class Failpoint:
     """A name, the protocol it belongs to, and what has just happened when it is reached."""
 
-    name: str
-    protocol: str
-    step: str
+    def __init__(self, name: str, protocol: str, step: str) -> None:
+        self.name = name
+        self.protocol = protocol
+        self.step = step
 
 
 #: The first ones are reached in the core, whose enum (filter.c) has them in this order.

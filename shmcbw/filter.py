@@ -18,7 +18,6 @@ import threading
 import time
 import weakref
 from types import TracebackType
-from typing import Any
 
 from . import _core, states
 from .bitmap import Bitmap
@@ -38,6 +37,10 @@ from .layout import HISTOGRAM_COUNT, SNAPSHOT_COUNT, Header, Slot, Snapshot
 from .segment import COORDINATOR, Segment, attach, try_retire
 from .slots import acquire_slot, release_slot
 from .snapshots import break_snapshot, is_active, state_of
+
+TYPE_CHECKING = False  # see failpoints.py
+if TYPE_CHECKING:
+    from typing import Any
 
 _ATTACH, _UNMAPPED, _FAILED, _LATE, _GATED, _FAULT, _RANGE = range(7)
 _RELEASE_INSIDE, _RELEASE_FORKED = 1, 2

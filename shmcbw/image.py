@@ -10,7 +10,6 @@ import errno
 import mmap
 import os
 import stat
-from typing import NamedTuple
 
 from . import _core
 from .errors import ImageError, ReadOnlyImageError
@@ -22,11 +21,23 @@ HONEST_HOLES = {0xEF53, 0x58465342, 0x9123683E, 0x01021994}
 NETWORK = {0x6969, 0x517B, 0xFF534D42, 0xFE534D42, 0x65735546, 0x00C36400, 0x01021997, 0x5346414F}
 
 
-class Identity(NamedTuple):
+class Identity:
     """What names an image on this machine: (st_dev, st_ino), or (st_rdev, 0) for a block device."""
 
-    device: int
-    inode: int
+    __slots__ = ("device", "inode")
+
+    def __init__(self, device: int, inode: int) -> None:
+        self.device = device
+        self.inode = inode
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Identity) and (self.device, self.inode) == (other.device, other.inode)
+
+    def __hash__(self) -> int:
+        return hash((self.device, self.inode))
+
+    def __repr__(self) -> str:
+        return f"Identity({self.device:#x}, {self.inode:#x})"
 
     @classmethod
     def of(cls, status: os.stat_result) -> Identity:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from .clusters import CLUSTER_SIZE_MAX, CLUSTER_SIZE_MIN, cluster_count
 
@@ -28,14 +27,17 @@ FAILPOINT_COUNT = 63
 IMAGE_SIZE_MAX = 1 << 62
 
 
-class Word(NamedTuple):
+class Word:
     """One word of a structure: byte offset in it, bytes (4, 8, or more for a byte string or an array)."""
 
-    offset: int
-    size: int
-    writer: str
-    reader: str
-    meaning: str
+    __slots__ = ("meaning", "offset", "reader", "size", "writer")
+
+    def __init__(self, offset: int, size: int, writer: str, reader: str, meaning: str) -> None:
+        self.offset = offset
+        self.size = size
+        self.writer = writer
+        self.reader = reader
+        self.meaning = meaning
 
 
 class Header:

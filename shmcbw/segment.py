@@ -28,7 +28,6 @@ import stat
 import struct
 import time
 import weakref
-from typing import NamedTuple
 
 import posix_ipc
 
@@ -73,11 +72,12 @@ def start_ticks(pid: int) -> int:
         return 0
 
 
-class Access(NamedTuple):
+class Access:
     """Who may attach: file mode and group of all named objects of an image."""
 
-    mode: int = 0o600
-    group: int = -1
+    def __init__(self, mode: int = 0o600, group: int = -1) -> None:
+        self.mode = mode
+        self.group = group
 
     @classmethod
     def for_group(cls, group: str | int | None) -> Access:

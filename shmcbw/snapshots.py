@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import os
 import time
-from typing import NamedTuple
 
 from . import _core, states
 from .bitmap import COPIED, COPIED_FOR_WRITER, PENDING, SKIPPED, ZERO, Bitmap
@@ -92,12 +91,24 @@ def wake_all(segment: Segment) -> None:
         segment.wake_slot(slot)
 
 
-class Extent(NamedTuple):
+class Extent:
     """A run of a snapshot: bytes, and "data", "zero" or "inaccessible"."""
 
-    offset: int
-    length: int
-    status: str
+    __slots__ = ("length", "offset", "status")
+
+    def __init__(self, offset: int, length: int, status: str) -> None:
+        self.offset = offset
+        self.length = length
+        self.status = status
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Extent) and repr(self) == repr(other)
+
+    def __hash__(self) -> int:
+        return hash((self.offset, self.length, self.status))
+
+    def __repr__(self) -> str:
+        return f"Extent({self.offset}, {self.length}, {self.status!r})"
 
 
 class SnapshotReader:

@@ -129,6 +129,6 @@ def _snapshot_status(segment: Segment, index: int) -> dict[str, Any]:
         bitmap = Bitmap.attach(segment, status["serial"])
     except OSError:
         return status
-    status["clusters"] = bitmap.counts()._asdict()
+    status["clusters"] = vars(bitmap.counts())
     bitmap.close()
     return status
