@@ -40,6 +40,21 @@ static PyObject *core_punch_hole(PyObject *module, PyObject *args)
     return PyErr_Occurred() ? NULL : PyErr_SetFromErrno(PyExc_OSError);
 }
 
+/* start_writeback(fd, offset, length): the kernel begins to write dirty pages out; nobody waits, and an error is left
+ * for fdatasync to report. */
+static PyObject *core_start_writeback(PyObject *module, PyObject *args)
+{
+    int fd;
+    long long offset, length;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "iLL:start_writeback", &fd, &offset, &length))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    sync_file_range(fd, offset, length, SYNC_FILE_RANGE_WRITE);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
 /* birth_ns(fd) -> when the file was made, wall clock; 0 where the file system does not say. */
 static PyObject *core_birth_ns(PyObject *module, PyObject *argument)
 {
@@ -57,6 +72,7 @@ static PyObject *core_birth_ns(PyObject *module, PyObject *argument)
 }
 
 static PyMethodDef module_methods[] = {
+    {"start_writeback", core_start_writeback, METH_VARARGS, NULL},
     {"birth_ns", core_birth_ns, METH_O, NULL},
     {"punch_hole", core_punch_hole, METH_VARARGS, NULL},
     {"file_system", core_file_system, METH_O, NULL},
