@@ -1,6 +1,7 @@
 # make demo   set everything up and run the demonstration
 # make test   set everything up, check style and types, run the tests
 # make bench  measure; see tools/bench
+# make torture  an hour of kills, stops and restarts, judged by logs
 # make matrix kill and stop at every failpoint (make test does a part of that)
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 CORE := $(wildcard shmcbw/_core/*.c shmcbw/_core/*.h)
 DEBIAN_PACKAGES := e2fsprogs qemu-utils strace
 
-.PHONY: demo test lint bench matrix model clean
+.PHONY: demo test lint bench matrix torture model clean
 
 demo: $(VENV)/.installed
 	$(BIN)/shmcbw demo
@@ -23,11 +24,16 @@ lint: $(VENV)/.installed-test types-tree
 	MYPYPATH=build/types:typings $(BIN)/mypy -p shmcbw
 	MYPYPATH=build/types:typings $(BIN)/mypy tests tools
 
+# What is compared with is optional: a figure that can't be measured says so.
 bench: $(VENV)/.installed-test
+	-@tools/debian_packages.sh fio qemu-system-common qemu-utils
 	$(BIN)/python -m tools.bench $(BENCH_ARGS)
 
 matrix: $(VENV)/.installed-test
 	SHMCBW_MATRIX=all $(BIN)/python -m pytest tests/crash/test_failpoints.py
+
+torture: $(VENV)/.installed-test
+	$(BIN)/python tools/torture.py --seconds 3600 $(TORTURE_ARGS)
 
 model: $(VENV)/.installed
 	$(BIN)/python -m tools.model

@@ -60,10 +60,14 @@ class Pool:
                 self._spawn(worker_id)
             if len(self._processes) == self._count and all(map(self._serves, self._processes)):
                 return
-            dead = [process.returncode for process in self._processes.values() if process.poll() is not None]
-            if dead or time.monotonic() > deadline:
+            dead = {i: process.returncode for i, process in self._processes.items() if process.poll() is not None}
+            killed = [worker_id for worker_id, status in dead.items() if status < 0]
+            if len(killed) < len(dead) or time.monotonic() > deadline:
                 self.stop()
-                raise PoolError(f"the copy workers did not start (exit statuses {dead})")
+                raise PoolError(f"the copy workers did not start (exit statuses {list(dead.values())})")
+            for worker_id in killed:
+                # Not a fault of its own: another one takes its place.
+                del self._processes[worker_id]
             self._segment.semaphore("c").wait(10_000_000)
 
     def _raise_generation(self) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 import shmcbw
@@ -178,3 +180,26 @@ def test_a_backup_starts_although_a_worker_is_stopped(make_image: Callable[..., 
         coordinator.backup(tmp_path / "out").wait(20)
         continue_all(stopped)
     assert (tmp_path / "out").read_bytes() == image.read_bytes()
+
+
+def test_a_coordinator_starts_although_its_workers_are_killed_meanwhile(make_image: Callable[..., Path]) -> None:
+    image = make_image(SIZE)
+    killed = threading.Event()
+
+    def kill_the_first_worker() -> None:
+        while not killed.is_set():
+            for process in psutil.Process().children():
+                if str(image) in process.cmdline():
+                    process.kill()
+                    killed.set()
+                    return
+
+    killer = threading.Thread(target=kill_the_first_worker)
+    killer.start()
+    try:
+        with Coordinator(image, workers=2) as coordinator:
+            assert killed.wait(10)
+            wait_for(lambda: len(worker_pids(coordinator)) == 2, "both serve")
+    finally:
+        killed.set()
+        killer.join()

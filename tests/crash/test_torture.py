@@ -1,0 +1,224 @@
+"""The torture tool: a short run of it, its schedule, its judge, and that it finds what is wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shmcbw.workers.stamps import BLOCK_SIZE, DATA, NEVER_NS, ZERO, Layout, LogWriter, Unit, make_unit
+from shmcbw.workers.stamps import Log as StampLog
+from tools.torturing.judge import History, judge
+from tools.torturing.plan import first_decisions
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def torture(*arguments: str) -> tuple[int, dict[str, Any]]:
+    """Run the tool: its exit status and its JSON object."""
+    command = [sys.executable, "tools/torture.py", "--json", "--seed", "1", "--images", "1", *arguments]
+    done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, check=False)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return done.returncode, found
+
+
+def kinds(found: dict[str, Any]) -> set[str]:
+    return {failure["kind"] for failure in found["failures"]}
+
+
+# -- the tool ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_short_torture_finds_nothing_wrong() -> None:
+    status, found = torture("--seconds", "6")
+    assert found["failures"] == []
+    assert status == 0
+    assert (found["mismatches"], found["hangs"], found["leaks"], found["errors"]) == (0, 0, 0, 0)
+    assert found["cycles"] > 5
+    assert found["reads"]["right"] > 0
+    assert found["cuts"]["taken"] > 0
+
+
+def test_a_write_past_the_filter_and_litter_are_found() -> None:
+    status, found = torture("--seconds", "2", "--rate", "1", "--sabotage", "bypass", "--sabotage", "litter")
+    assert status == 1
+    assert found["mismatches"] > 0
+    assert any("/dev/shm" in failure["what"] for failure in found["failures"] if failure["kind"] == "leak")
+    assert any("shmcbw-partial" in failure["what"] for failure in found["failures"] if failure["kind"] == "leak")
+
+
+def test_a_reader_that_shows_the_source_is_found() -> None:
+    status, found = torture("--seconds", "2", "--rate", "1", "--sabotage", "blind")
+    assert status == 1
+    assert "mismatch" in kinds(found)
+
+
+def test_a_writer_that_stands_still_is_found() -> None:
+    status, found = torture("--seconds", "3", "--rate", "0.3", "--cbw-timeout", "0.1", "--sabotage", "sleep")
+    assert status == 1
+    assert "hang" in kinds(found)
+
+
+def test_the_same_seed_gives_the_same_schedule() -> None:
+    assert first_decisions("1 0", 2, 6, 200) == first_decisions("1 0", 2, 6, 200)
+    assert first_decisions("1 0", 2, 6, 200) != first_decisions("1 1", 2, 6, 200)
+
+
+# -- the judge ---------------------------------------------------------------------------------------------------------
+
+
+class World:
+    """An image of one unit for each of two writers, and a clock that only this class moves."""
+
+    def __init__(self, directory: Path) -> None:
+        self.layout = Layout(2 * BLOCK_SIZE * 48, 2, 7, DATA)
+        self.units = [self.layout.units_of(writer)[0] for writer in range(2)]
+        self.now_ns = 0
+        self.paths = [directory / f"writer-{writer}.log" for writer in range(2)]
+        self.logs = [LogWriter(path, self._tick) for path in self.paths]
+        self.image = bytearray(b"".join(make_unit(self.layout, unit, 0) for unit in self.layout.units))
+        self.killed: list[dict[int, int]] = [{}, {}]
+        self.refused: list[set[int]] = [set(), set()]
+
+    def _tick(self) -> int:
+        self.now_ns += 10
+        return self.now_ns
+
+    def begin(self, writer: int, incarnation: int = 0, kind: int = DATA) -> bytes:
+        """Log that a write begins; its bytes."""
+        unit, log = self.units[writer], self.logs[writer]
+        data = make_unit(self.layout, unit, log.sequence, incarnation) if kind == DATA else bytes(unit.length)
+        log.begin(unit, kind, incarnation)
+        return data
+
+    def store(self, writer: int, data: bytes, blocks: float | None = None) -> None:
+        """Store all of a write, or its first blocks."""
+        unit = self.units[writer]
+        length = unit.length if blocks is None else int(blocks * BLOCK_SIZE)
+        self.image[unit.offset : unit.offset + length] = data[:length]
+
+    def write(self, writer: int, kind: int = DATA) -> None:
+        self.store(writer, self.begin(writer, kind=kind))
+        self.logs[writer].end()
+
+    def kill(self, writer: int, incarnation: int = 0) -> None:
+        self.killed[writer][incarnation] = self._tick()
+
+    def copy(self) -> tuple[bytes, tuple[int, int]]:
+        """The image as it is now, and when that is."""
+        begin = self._tick()
+        return bytes(self.image), (begin, self._tick())
+
+    def wrong(self, data: bytes, cut: tuple[int, int], inaccessible: list[tuple[int, int]] | None = None) -> list[str]:
+        histories = [
+            History(StampLog.read(path, self.layout), killed, frozenset(refused))
+            for path, killed, refused in zip(self.paths, self.killed, self.refused, strict=True)
+        ]
+        return judge(data, histories, self.layout, cut, inaccessible or []).wrong
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    world = World(tmp_path)
+    assert all(unit.blocks > 1 for unit in world.units)
+    yield world
+    for log in world.logs:
+        log.close()
+
+
+def test_a_copy_of_one_instant_is_right_whatever_is_written_before_and_after(world: World) -> None:
+    world.write(0)
+    world.write(1, ZERO)
+    copy = world.copy()
+    world.write(1)
+    world.write(0, ZERO)
+    assert world.wrong(*copy) == []
+
+
+def test_a_copy_of_two_instants_is_wrong(world: World) -> None:
+    world.write(0)
+    first, cut = world.copy()
+    world.write(0)
+    world.write(1)
+    second, _ = world.copy()
+    end = world.units[0].offset + world.units[0].length
+    mixed = first[:end] + second[end:]
+    assert len(world.wrong(mixed, (0, NEVER_NS))) == 1
+    assert world.wrong(second, (0, NEVER_NS)) == []
+    assert world.wrong(second, cut) != [], "right by itself, but of another time than the cut"
+
+
+def test_a_write_that_was_begun_at_the_cut_may_be_there_or_not(world: World) -> None:
+    before, _ = world.copy()
+    data = world.begin(0)
+    _, cut = world.copy()
+    world.store(0, data)
+    after, _ = world.copy()
+    world.logs[0].end()
+    assert world.wrong(before, cut) == []
+    assert world.wrong(after, cut) == []
+
+
+@pytest.mark.parametrize("blocks", [1, 1.5])
+def test_a_part_of_a_write_is_right_only_after_its_writer_was_killed(world: World, blocks: float) -> None:
+    data = world.begin(0)
+    world.store(0, data, blocks)
+    alive = world.copy()
+    world.kill(0)
+    dead = world.copy()
+    assert "torn" not in str(world.wrong(*dead))
+    assert world.wrong(*dead) == []
+    assert world.wrong(*alive) != [], "its writer lived: a cut has all of it or nothing"
+
+
+def test_a_part_of_a_write_is_wrong_once_another_one_is_there(world: World) -> None:
+    world.store(0, world.begin(0), 1)
+    world.kill(0)
+    part, _ = world.copy()
+    world.store(0, world.begin(0, incarnation=1))
+    world.logs[0].end()
+    _, later = world.copy()
+    assert world.wrong(part, later) != []
+
+
+def test_all_of_an_unfinished_write_is_right_from_its_beginning_on(world: World) -> None:
+    world.store(0, world.begin(0))
+    copy = world.copy()
+    world.kill(0)
+    assert world.wrong(*copy) == []
+
+
+def test_a_refused_write_must_not_be_there(world: World) -> None:
+    before, _ = world.copy()
+    data = world.begin(0)
+    world.refused[0].add(1)
+    world.write(1)
+    world.write(1)
+    absent = world.copy()
+    assert world.wrong(*absent) == []
+    world.store(0, data)
+    assert "refused" in str(world.wrong(*world.copy()))
+    assert before != absent[0]
+
+
+def test_blocks_of_no_write_are_wrong(world: World) -> None:
+    data, cut = world.copy()
+    unit = world.units[1]
+    for wrong in (bytes(unit.length), b"x" * unit.length, make_unit(world.layout, unit, 9)):
+        copy = data[: unit.offset] + wrong + data[unit.offset + unit.length :]
+        assert len(world.wrong(copy, cut)) == 1
+        assert world.wrong(copy, cut, [(unit.offset, unit.offset + unit.length)]) == [], "could not be read"
+
+
+def test_a_unit_in_anothers_place_is_wrong(world: World) -> None:
+    data, cut = world.copy()
+    moved = Unit(0, 0, world.units[0].offset, world.units[0].blocks)
+    other = make_unit(Layout(world.layout.size_bytes, 2, 8, DATA), moved, 0)
+    copy = data[: moved.offset] + other + data[moved.offset + moved.length :]
+    assert "another place" in str(world.wrong(copy, cut))
+    assert "bytes" in str(world.wrong(data[:-1], cut))

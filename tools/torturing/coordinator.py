@@ -1,0 +1,382 @@
+"""The coordinator's role: random cuts, backups, snapshot reads, discards of snapshots, cancels, until it is killed.
+
+An incarnation that comes after a killed one finds the jobs and snapshots of that one and goes on with them.  Everything
+is told to the log of events, what begins before it begins, what has ended after that; nothing is judged here but what
+only this process can see: errors that no caller should meet, jobs that hang, violated invariants.
+
+The main thread acts; a second one reads snapshots meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+
+from shmcbw import invariants
+from shmcbw.errors import (
+    ClosedError,
+    CoordinatorRunningError,
+    CutAbandonedError,
+    ShmcbwError,
+    SnapshotBrokenError,
+    SnapshotInaccessibleError,
+)
+from shmcbw.workers import Coordinator, CoordinatorSnapshot, Job
+from tools.torturing.place import (
+    AWAY,
+    CLOSING,
+    CUTTING,
+    DROPPING,
+    FINISH,
+    IDLE,
+    STARTING,
+    EventWriter,
+    Place,
+    SharedByte,
+)
+from tools.torturing.plan import ImagePlan
+
+JOBS_MAX = 2
+SNAPSHOTS_MAX = 2
+#: A job without a rate limit must be done by then, whoever dies.
+JOB_LIMIT_S = 12.0
+#: A sync takes what the disk takes.
+SYNC_LIMIT_S = 30.0
+COPIES_MAX = 200
+TRIES_S = 2.0
+
+ACTS = ("backup", "snapshot", "drop", "discard", "cancel", "speed", "status", "check", "rest")
+WEIGHTS = (5, 4, 2, 3, 0.7, 3, 1, 0.3, 6)
+
+
+class Role:
+    """One incarnation."""
+
+    def __init__(self, place: Place, incarnation: int) -> None:
+        self.plan = ImagePlan.load(place.plan)
+        self.place = place
+        self.incarnation = incarnation
+        self.chance = random.Random(f"{self.plan.seed} coordinator {incarnation}")
+        self.events = EventWriter(place.events(incarnation))
+        self.stage = SharedByte(place.stage)
+        self.orders = SharedByte(place.orders)
+        self.parent = os.getppid()
+        self.count = 0
+        self.reads = 0
+        self.copies = len(os.listdir(place.targets)) + len(os.listdir(place.reads))
+        self.running: dict[str, Job] = {}
+        self.unlimited_s: dict[str, float] = {}
+        self.hanging: set[str] = set()
+        self.snapshots: dict[str, CoordinatorSnapshot] = {}
+        self.broken: set[str] = set()
+        # Held while a snapshot is read, and while the set of snapshots changes.
+        self.reading = threading.Lock()
+        self.ended = threading.Event()
+
+    # -- the life of an incarnation --------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        self.stage.value = STARTING
+        coordinator = self._start()
+        if coordinator is None:
+            raise SystemExit(2)
+        self.coordinator = coordinator
+        self._adopt()
+        self.stage.value = IDLE
+        reader = threading.Thread(target=self._read_on, name="reader", daemon=True)
+        reader.start()
+        while not self.orders.value and os.getppid() == self.parent:
+            with self._told():
+                self._act()
+            with self._told():
+                self._follow_jobs()
+            time.sleep(self.chance.random() ** 2 * 0.060)
+        self.ended.set()
+        reader.join()
+        if self.orders.value == FINISH:
+            self._finish()
+        self.stage.value = CLOSING
+        self.events.write("closing", jobs=list(self.running), snapshots=list(self.snapshots))
+        coordinator.close()
+        self.stage.value = AWAY
+        self.events.write("closed")
+
+    def _start(self) -> Coordinator | None:
+        """The coordinator, or None if it could not start; a lock that is held on for a moment is tried again."""
+        plan = self.plan
+        deadline = time.monotonic() + TRIES_S
+        while True:
+            try:
+                return Coordinator(
+                    self.place.image, workers=plan.workers, cluster_size=plan.cluster_size, slots=plan.slots
+                )
+            except CoordinatorRunningError as error:
+                self.events.write("busy", error=str(error))
+                if time.monotonic() > deadline:
+                    return None
+                time.sleep(0.01)
+            except (ShmcbwError, OSError) as error:
+                self.events.write("failed_start", error=f"{type(error).__name__}: {error}")
+                traceback.print_exc()
+                return None
+
+    def _adopt(self) -> None:
+        self.running = {os.path.basename(job.target): job for job in self.coordinator.jobs}
+        for snapshot in self.coordinator.snapshots:
+            self.snapshots[os.path.basename(snapshot._entry.target.path)] = snapshot
+        self.unlimited_s = {}
+        self.events.write("ready", jobs=list(self.running), snapshots=list(self.snapshots))
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """What no caller should meet goes to the log of events; the role goes on."""
+        try:
+            yield
+        except Exception as error:
+            self.events.write("error", error=f"{type(error).__name__}: {error}", trace=traceback.format_exc())
+
+    # -- acts ------------------------------------------------------------------------------------------------------
+
+    def _act(self) -> None:
+        getattr(self, f"_{self.chance.choices(ACTS, WEIGHTS)[0]}")()
+
+    def _rest(self) -> None:
+        pass
+
+    def _take(self, kind: str, name: str) -> CoordinatorSnapshot | Job | None:
+        """A cut, for a backup or a snapshot; None if it was given up."""
+        chance, path = self.chance, self.place.targets / name
+        policy = chance.choice(("break-snapshot", "break-snapshot", "break-snapshot", "break-guest-write"))
+        sync = chance.choice(("full", "full", "top", "none")) if kind == "backup" else "none"
+        speed = chance.choice((0, 0, 1 << 20, 8 << 20, 32 << 20))
+        self.events.write("call", kind=kind, name=name, policy=policy, sync=sync, speed=speed)
+        self.stage.value = CUTTING
+        taken: CoordinatorSnapshot | Job | None = None
+        timeout_s = self.plan.cbw_timeout_s
+        try:
+            if kind == "backup":
+                taken = self.coordinator.backup(
+                    path, sync=sync, speed=speed, on_cbw_error=policy, cbw_timeout=timeout_s
+                )
+                if speed == 0 and sync != "none":
+                    self.unlimited_s[name] = time.monotonic()
+            else:
+                taken = self.coordinator.snapshot(path, on_cbw_error=policy, cbw_timeout=timeout_s)
+            self.events.write("cut", name=name, drained_ns=taken.drained_ns)
+        except CutAbandonedError as error:
+            self.events.write("abandoned", name=name, error=str(error))
+        except Exception as error:
+            self.events.write("untaken", name=name, error=f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            self.stage.value = IDLE
+        return taken
+
+    def _name(self, kind: str) -> str:
+        self.count += 1
+        return f"{kind}-{self.incarnation}-{self.count}"
+
+    def _backup(self) -> None:
+        if len(self.running) >= JOBS_MAX or self.copies >= COPIES_MAX:
+            return
+        name = self._name("backup")
+        job = self._take("backup", name)
+        if isinstance(job, Job):
+            self.running[name] = job
+            self.copies += 1
+
+    def _snapshot(self) -> None:
+        if len(self.snapshots) >= SNAPSHOTS_MAX:
+            return
+        name = self._name("snapshot")
+        snapshot = self._take("snapshot", name)
+        if isinstance(snapshot, CoordinatorSnapshot):
+            with self.reading:
+                self.snapshots[name] = snapshot
+
+    def _drop(self) -> None:
+        if self.snapshots:
+            self._drop_one(self.chance.choice(list(self.snapshots)))
+
+    def _drop_one(self, name: str) -> None:
+        with self.reading:
+            snapshot = self.snapshots.pop(name)
+            self.events.write("drop", name=name)
+            self.stage.value = DROPPING
+            snapshot.close()
+            self.stage.value = IDLE
+            self.events.write("dropped", name=name)
+
+    def _discard(self) -> None:
+        if not self.snapshots:
+            return
+        name = self.chance.choice(list(self.snapshots))
+        snapshot = self.snapshots[name]
+        length = int(snapshot.size_bytes * self.chance.random() ** 3) + 1
+        offset = self.chance.randrange(snapshot.size_bytes - length + 1)
+        self.events.write("discard", name=name, offset=offset, length=length)
+        try:
+            snapshot.discard(length, offset)
+        except SnapshotBrokenError as error:
+            self._say_broken(name, error)
+
+    def _cancel(self) -> None:
+        if self.running:
+            name = self.chance.choice(list(self.running))
+            self.events.write("cancel", name=name)
+            self.stage.value = DROPPING
+            self.running[name].cancel()
+            self.stage.value = IDLE
+
+    def _speed(self) -> None:
+        if self.running:
+            name = self.chance.choice(list(self.running))
+            job = self.running[name]
+            if job.sync == "none":
+                self.events.write("cancel", name=name)
+                job.cancel()
+                return
+            job.set_speed(0)
+            self.unlimited_s.setdefault(name, time.monotonic())
+
+    def _status(self) -> None:
+        self.coordinator.status()
+
+    def _check(self) -> None:
+        for violation in invariants.check(self.coordinator._segment):
+            self.events.write("violation", invariant=violation.invariant, found=violation.found)
+
+    # -- jobs ------------------------------------------------------------------------------------------------------
+
+    def _follow_jobs(self) -> None:
+        for name, job in list(self.running.items()):
+            if job.status == "concluded":
+                self._conclude(name, job)
+            elif time.monotonic() - self.unlimited_s.get(name, time.monotonic()) > _limit_s(job):
+                self._say_hanging(name, job)
+
+    def _conclude(self, name: str, job: Job) -> None:
+        del self.running[name]
+        error = job.error
+        number = error.errno if isinstance(error, OSError) else None
+        self.events.write(
+            "concluded",
+            name=name,
+            error=type(error).__name__ if error is not None else None,
+            errno=number,
+            message=str(error or ""),
+        )
+
+    def _say_hanging(self, name: str, job: Job) -> None:
+        if name in self.hanging:
+            return
+        self.hanging.add(name)
+        counts = job._entry.bitmap.counts()
+        owners = sorted(set(job._entry.bitmap.memory[:]) - {0, 240, 241, 242, 243})
+        workers = [(worker["id"], worker["pid"]) for worker in self.coordinator.status()["workers"]]
+        self.events.write("hang", name=name, job=repr(job), clusters=vars(counts), claimed_by=owners, workers=workers)
+
+    def _finish(self) -> None:
+        """Everything that is under way comes to its end."""
+        for name, job in list(self.running.items()):
+            with self._told():
+                if job.sync == "none":
+                    self.events.write("cancel", name=name)
+                    job.cancel()
+                job.set_speed(0)
+        started = time.monotonic()
+        for name, job in list(self.running.items()):
+            while job.status != "concluded" and time.monotonic() - started < _limit_s(job):
+                time.sleep(0.005)
+            with self._told():
+                if job.status == "concluded":
+                    self._conclude(name, job)
+                else:
+                    self._say_hanging(name, job)
+        for name in list(self.snapshots):
+            with self._told():
+                self._read(name, self.snapshots[name])
+        with self._told():
+            self._check()
+        for name in list(self.snapshots):
+            with self._told():
+                self._drop_one(name)
+
+    # -- reads -----------------------------------------------------------------------------------------------------
+
+    def _read_on(self) -> None:
+        """The second thread: reads whole snapshots until the end."""
+        chance = random.Random(f"{self.plan.seed} reader {self.incarnation}")
+        while not self.ended.wait(chance.random() * 0.3):
+            if self.copies >= COPIES_MAX:
+                continue
+            with self.reading, self._told():
+                names = [name for name in self.snapshots if name not in self.broken]
+                if names:
+                    name = chance.choice(names)
+                    self._read(name, self.snapshots[name])
+
+    def _read(self, name: str, snapshot: CoordinatorSnapshot) -> None:
+        """Read a whole snapshot into a file, piece by piece; holes where it is inaccessible."""
+        self.reads += 1
+        copy = f"{name}.read-{self.incarnation}-{self.reads}"
+        path = self.place.reads / copy
+        inaccessible: list[tuple[int, int]] = []
+        size, cluster = snapshot.size_bytes, self.plan.cluster_size
+        chance = random.Random(f"{self.plan.seed} {copy}")
+        started_ns = time.monotonic_ns()
+        try:
+            with path.open("wb", buffering=0) as file:
+                file.truncate(size)
+                offset = 0
+                while offset < size:
+                    length = min(chance.randint(1, 8) * cluster, size - offset)
+                    self._read_piece(snapshot, file.fileno(), offset, length, inaccessible)
+                    offset += length
+        except SnapshotBrokenError as error:
+            self._say_broken(name, error)
+        except ClosedError:
+            raise AssertionError(f"{name} is closed, and nobody has closed it") from None
+        else:
+            self.copies += 1
+            self.events.write("read", name=name, copy=copy, inaccessible=inaccessible, started_ns=started_ns)
+            return
+        path.unlink()
+
+    def _read_piece(
+        self, snapshot: CoordinatorSnapshot, fd: int, offset: int, length: int, inaccessible: list[tuple[int, int]]
+    ) -> None:
+        try:
+            data = snapshot.pread(length, offset)
+        except SnapshotInaccessibleError:
+            cluster = self.plan.cluster_size
+            if length > cluster:
+                for at in range(offset, offset + length, cluster):
+                    self._read_piece(snapshot, fd, at, min(cluster, offset + length - at), inaccessible)
+            else:
+                inaccessible.append((offset, offset + length))
+            return
+        if "blind" in self.plan.sabotage:
+            with self.place.image.open("rb", buffering=0) as file:
+                data = os.pread(file.fileno(), length, offset)
+        os.pwrite(fd, data, offset)
+
+    def _say_broken(self, name: str, error: SnapshotBrokenError) -> None:
+        if name not in self.broken:
+            self.broken.add(name)
+            self.events.write("broken", name=name, errno=error.errno, cluster=error.cluster)
+
+
+def _limit_s(job: Job) -> float:
+    return JOB_LIMIT_S if job.status == "running" else SYNC_LIMIT_S
+
+
+def run(place: Place, number: int, incarnation: int) -> None:
+    """The whole life of one incarnation; returns when it has closed the coordinator, as ordered."""
+    assert number == 0
+    Role(place, incarnation).run()

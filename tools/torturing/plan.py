@@ -1,0 +1,155 @@
+"""What a round is made of, and who is killed or stopped when: functions of the seed alone.
+
+The same seed gives the same images, the same random choices of each incarnation of a role, and the same schedule of
+decisions.  What these hit is a matter of timing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from shmcbw.workers.stamps import BLOCK_SIZE, DATA, ZERO, Layout
+
+WRITER, WORKER, COORDINATOR, POOL, CREW, ALL = "writer", "worker", "coordinator", "pool", "crew", "all"
+KILL, STOP, RESTART = "kill", "stop", "restart"
+NOW, BUSY, CUT, ODD, DROP, START, CLOSE = "now", "busy", "cut", "odd", "drop", "start", "close"
+
+#: What happens, to whom, at which moment, and how often in proportion.  POOL: all workers of an image; CREW: these and
+#: the coordinator; ALL: writers too.  BUSY: in a write, in a copy; CUT, DROP, CLOSE: in such a call of the coordinator;
+#: ODD: in a drained section that a stopped writer makes long; START: it and then the next one while that starts.
+ACTS: tuple[tuple[str, str, str, float], ...] = (
+    (KILL, WRITER, NOW, 3),
+    (KILL, WRITER, BUSY, 4),
+    (KILL, WORKER, NOW, 3),
+    (KILL, WORKER, BUSY, 4),
+    (KILL, POOL, NOW, 0.5),
+    (KILL, COORDINATOR, NOW, 0.7),
+    (KILL, COORDINATOR, CUT, 1),
+    (KILL, COORDINATOR, ODD, 0.4),
+    (KILL, COORDINATOR, DROP, 0.5),
+    (KILL, COORDINATOR, START, 0.4),
+    (KILL, COORDINATOR, CLOSE, 0.3),
+    (KILL, CREW, NOW, 0.3),
+    (KILL, ALL, NOW, 0.2),
+    (STOP, WRITER, NOW, 1),
+    (STOP, WRITER, BUSY, 1.5),
+    (STOP, WORKER, NOW, 1),
+    (STOP, WORKER, BUSY, 1.5),
+    (STOP, COORDINATOR, NOW, 0.7),
+    (STOP, COORDINATOR, CUT, 0.7),
+    (STOP, COORDINATOR, ODD, 0.5),
+    (RESTART, COORDINATOR, NOW, 0.4),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """``pause_s`` after the one before.  ``number``: which writer or worker.  ``delay_s``: after the moment aimed at.
+    ``hold_s``: of a stop."""
+
+    pause_s: float
+    act: str
+    role: str
+    aim: str
+    image: int
+    number: int
+    delay_s: float
+    hold_s: float
+
+
+def decisions(seed: str, images: int, rate: float) -> Iterator[Decision]:
+    """The endless schedule: ``rate`` decisions a second on average."""
+    chance = random.Random(f"{seed} decisions")
+    weights = [weight for *_, weight in ACTS]
+    while True:
+        act, role, aim, _ = chance.choices(ACTS, weights)[0]
+        yield Decision(
+            pause_s=min(chance.expovariate(rate), 5 / rate),
+            act=act,
+            role=role,
+            aim=aim,
+            image=chance.randrange(images),
+            number=chance.randrange(1 << 16),
+            delay_s=chance.random() ** 2 * (0.4 if aim == START else 0.01),
+            hold_s=chance.uniform(0.010, 0.300),
+        )
+
+
+def first_decisions(seed: str, images: int, rate: float, count: int) -> list[Decision]:
+    return list(itertools.islice(decisions(seed, images, rate), count))
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePlan:
+    """One image of a round; sizes in bytes.  ``share``: of a CPU, for each writer.  ``sabotage``: see `SABOTAGES`."""
+
+    seed: str
+    image_id: int
+    size_bytes: int
+    initial: int
+    cluster_size: int
+    writers: int
+    workers: int
+    slots: int
+    cbw_timeout_s: float
+    share: float
+    sabotage: tuple[str, ...]
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.size_bytes, self.writers, self.image_id, self.initial)
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self)))
+
+    @classmethod
+    def load(cls, path: Path) -> ImagePlan:
+        plan = json.loads(path.read_text())
+        return cls(**{**plan, "sabotage": tuple(plan["sabotage"])})
+
+
+#: How the tool is shown to be able to fail.  bypass: a writer stores past the filter.  sleep: a writer stands still.
+#: litter: a file and a name in /dev/shm are left.  blind: a reader returns the source instead.
+SABOTAGES = ("bypass", "sleep", "litter", "blind")
+
+WRITERS_CPU_SHARE = 0.35
+
+
+def image_plans(
+    seed: str,
+    *,
+    images: int,
+    writers: int,
+    workers: int,
+    size_bytes: int,
+    cbw_timeout_s: float,
+    sabotage: tuple[str, ...],
+) -> list[ImagePlan]:
+    """The images of one round."""
+    chance = random.Random(f"{seed} images")
+    cpus = len(os.sched_getaffinity(0))
+    plans = []
+    for image in range(images):
+        blocks = max(size_bytes // BLOCK_SIZE, 48 * writers) + chance.randrange(16)
+        plans.append(
+            ImagePlan(
+                seed=f"{seed} {image}",
+                image_id=chance.randrange(1, 1 << 62),
+                size_bytes=blocks * BLOCK_SIZE,
+                initial=chance.choice((DATA, DATA, ZERO)),
+                cluster_size=chance.choice((4, 16, 64, 64, 256)) << 10,
+                writers=writers,
+                workers=workers,
+                slots=2 * writers + 2,
+                cbw_timeout_s=cbw_timeout_s,
+                share=min(1.0, WRITERS_CPU_SHARE * cpus / (images * writers)),
+                sabotage=sabotage,
+            )
+        )
+    return plans
