@@ -189,10 +189,13 @@ def test_a_coordinator_starts_although_its_workers_are_killed_meanwhile(make_ima
     def kill_the_first_worker() -> None:
         while not killed.is_set():
             for process in psutil.Process().children():
-                if str(image) in process.cmdline():
-                    process.kill()
-                    killed.set()
-                    return
+                try:
+                    if str(image) in process.cmdline():
+                        process.kill()
+                        killed.set()
+                        return
+                except psutil.Error:
+                    continue
 
     killer = threading.Thread(target=kill_the_first_worker)
     killer.start()
