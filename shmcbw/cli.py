@@ -189,7 +189,7 @@ def _run_backup(options: argparse.Namespace) -> int:
 
     # SIGTERM ends it as Ctrl-C does: cancelled, nothing left over.
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
+        signal.signal(number, signal.default_int_handler)
     with Coordinator(
         options.image, workers=options.workers, cluster_size=options.cluster_size, slots=options.slots
     ) as coordinator:

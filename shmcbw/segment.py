@@ -520,8 +520,12 @@ def discard_unused(identity: Identity, image_uid: int, wait_s: float = 7.0) -> N
         check_owner(os.fstat(fd), image_uid, name)
         _send_workers_away(fd, name)
         deadline = time.monotonic() + wait_s
+        owned_since = None
         while not _try_lock_all(fd):
-            if time.monotonic() > deadline or _locked(fd, COORDINATOR):
+            # A worker that leaves last holds the coordinator's lock for a moment; a coordinator holds it on.
+            owned_since = (owned_since or time.monotonic()) if _locked(fd, COORDINATOR) else None
+            owned = owned_since is not None and time.monotonic() - owned_since > min(1.0, wait_s)
+            if time.monotonic() > deadline or owned:
                 raise ShmcbwError(f"{SHM}{name} can't be used, but live processes hold it: end them first")
             time.sleep(0.02)
         mine, found = os.fstat(fd), os.stat(f"{SHM}{name}")

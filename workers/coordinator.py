@@ -325,6 +325,8 @@ class Coordinator:
             del self._jobs[old.id]
             self._finishing.pop(old.id, None)
         job.move(jobs.RUNNING)
+        # The workers may have finished before there was a job to look at.
+        self._segment.wake_coordinator()
         return job
 
     def _make_snapshot(self, entry: Entry) -> CoordinatorSnapshot:

@@ -129,10 +129,13 @@ def test_kills_at_random_moments_leave_every_backup_right(make_image: Callable[.
                 for _ in range(3):
                     time.sleep(chance.random() * 0.05)
                     victims = worker_pids(coordinator)
-                    if victims and chance.random() < 0.8:
-                        os.kill(chance.choice(victims), signal.SIGKILL)
-                    if chance.random() < 0.3:
-                        os.kill(writer.pid or 0, signal.SIGKILL)
+                    try:
+                        if victims and chance.random() < 0.8:
+                            os.kill(chance.choice(victims), signal.SIGKILL)
+                        if chance.random() < 0.3:
+                            os.kill(writer.pid or 0, signal.SIGKILL)
+                    except ProcessLookupError:
+                        continue
                 assert snapshot.pread(4096, 0) != b"\xff" * 4096
                 first = snapshot.pread(SIZE, 0)
                 job.set_speed(0)

@@ -7,12 +7,14 @@
 ``memory.py``        shared memory of an image
 ``imports.py``       what ``import shmcbw`` adds to the start of an interpreter
 
+``plan.py``          what a run was asked for
 ``figure.py``        a measured figure, what it is compared with, its target
 ``table.py``         figures for people
 ``machine.py``       what they were measured on
 ``place.py``         where: a directory on disk, and tmpfs
 ``writers.py``       writer processes
 ``qemu.py``          QEMU's filter, driven in three ways
+``interpreter.py``   interpreters with cached bytecode
 ``system_calls.py``  the system calls of a run of writes, counted by strace
 
 ``python -m tools.bench`` from the checkout runs all of it, in less than six minutes; ``--quick`` in less than one.

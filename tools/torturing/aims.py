@@ -22,6 +22,8 @@ from tools.torturing.plan import COORDINATOR, WRITER, Decision
 #: For the moment aimed at; then any moment is good.
 AIM_LIMIT_S = 0.4
 HOLD_ODD_S = 0.5
+ORPHAN_LIMIT_S = 3.0
+SPIN_S = 0.010
 CATCH_S = 0.040
 LOOK_S = 0.0005
 
@@ -102,9 +104,12 @@ class Aims:
         pid = pids[decision.number % len(pids)] if pids else 0
         if not crew.watch.is_worker(pid):
             return
-        if decision.aim == plan.BUSY:
+        if decision.aim != plan.NOW:
             self._catch_claims(crew, pid)
-        if decision.act == plan.KILL:
+        if decision.aim == plan.ORPHAN and crew.coordinator is not None and watch.signal_pid(pid, signal.SIGSTOP):
+            crew.kill(crew.coordinator)
+            self._kill_orphan(crew, pid, crew.coordinator, time.monotonic() + ORPHAN_LIMIT_S)
+        elif decision.act == plan.KILL:
             crew.kill_worker(pid)
         elif watch.signal_pid(pid, signal.SIGSTOP):
             crew.figures.counts["stops.worker"] += 1
@@ -114,6 +119,16 @@ class Aims:
                     watch.signal_pid(pid, signal.SIGCONT)
 
             self._at(decision.hold_s, proceed)
+
+    def _kill_orphan(self, crew: Crew, pid: int, dead: Child, until: float) -> None:
+        """Kill a stopped worker of a dead coordinator as soon as the next one serves."""
+        if crew.coordinator not in (None, dead) and crew.ready_ns is not None:
+            crew.kill_worker(pid)
+            crew.figures.counts["aims.orphan of an adopted image"] += 1
+        elif time.monotonic() < until:
+            self._at(SPIN_S, lambda: self._kill_orphan(crew, pid, dead, until))
+        elif crew.watch.is_worker(pid):
+            watch.signal_pid(pid, signal.SIGCONT)
 
     def _act_on_coordinator(self, crew: Crew, decision: Decision) -> None:
         child = crew.coordinator

@@ -18,16 +18,20 @@ from shmcbw.workers.stamps import BLOCK_SIZE, DATA, ZERO, Layout
 
 WRITER, WORKER, COORDINATOR, POOL, CREW, ALL = "writer", "worker", "coordinator", "pool", "crew", "all"
 KILL, STOP, RESTART = "kill", "stop", "restart"
-NOW, BUSY, CUT, ODD, DROP, START, CLOSE = "now", "busy", "cut", "odd", "drop", "start", "close"
+NOW, BUSY, ORPHAN, CUT, ODD = "now", "busy", "orphan", "cut", "odd"
+DROP, START, CLOSE = "drop", "start", "close"
 
-#: What happens, to whom, at which moment, and how often in proportion.  POOL: all workers of an image; CREW: these and
-#: the coordinator; ALL: writers too.  BUSY: in a write, in a copy; CUT, DROP, CLOSE: in such a call of the coordinator;
-#: ODD: in a drained section that a stopped writer makes long; START: it and then the next one while that starts.
+#: What happens, to whom, at which moment, and how often in proportion.
+#: POOL: all workers of an image.  CREW: these and the coordinator.  ALL: writers too.
+#: BUSY: in a write, in a copy.  ORPHAN: in a copy, when another coordinator has come.  CUT, DROP, CLOSE: in such a call
+#: of the coordinator.  ODD: in a drained section that a stopped writer makes long.  START: it, and then the next one
+#: while that starts.
 ACTS: tuple[tuple[str, str, str, float], ...] = (
     (KILL, WRITER, NOW, 3),
     (KILL, WRITER, BUSY, 4),
     (KILL, WORKER, NOW, 3),
     (KILL, WORKER, BUSY, 4),
+    (KILL, WORKER, ORPHAN, 0.4),
     (KILL, POOL, NOW, 0.5),
     (KILL, COORDINATOR, NOW, 0.7),
     (KILL, COORDINATOR, CUT, 1),
