@@ -366,7 +366,7 @@ class Coordinator:
             serial = self._begin(index, path)
             file: TargetFile | None = None
             try:
-                file = TargetFile.create(path, self._image, overwrite=overwrite, full=job and sync != "none")
+                file = TargetFile.create(path, self._image, overwrite=overwrite, full=job and sync != "none", named=job)
                 self._reach("target")
                 return self._publish(index, serial, file, sync, speed, on_cbw_error, cbw_timeout, job=job)
             except BaseException:

@@ -15,6 +15,7 @@ import os
 import stat
 import weakref
 
+from shmcbw import _core
 from shmcbw.errors import ImageError, TargetRefusedError
 from shmcbw.image import Identity, ImageFile
 from shmcbw.layout import PATH_SIZE
@@ -22,7 +23,9 @@ from shmcbw.layout import PATH_SIZE
 log = logging.getLogger("shmcbw")
 
 PARTIAL_SUFFIX = ".shmcbw-partial"
-
+#: While it is made.  As long as the other one: a name that fits with one fits with both.
+PROBING_SUFFIX = ".shmcbw-probing"
+SUFFIXES = (PARTIAL_SUFFIX, PROBING_SUFFIX)
 
 _files: weakref.WeakSet[TargetFile] = weakref.WeakSet()
 
@@ -42,17 +45,18 @@ class TargetFile:
         _files.add(self)
 
     @classmethod
-    def create(cls, path: str, image: ImageFile, *, overwrite: bool, full: bool) -> TargetFile:
+    def create(cls, path: str, image: ImageFile, *, overwrite: bool, full: bool, named: bool = True) -> TargetFile:
         """Check and create; TargetRefusedError with nothing changed.
 
-        ``path`` comes from `resolve`.  ``full``: all of the image will be written.
+        ``path`` comes from `resolve`.  ``full``: all of the image will be written.  ``named``: it will get its name
+        in the end; unless it may overwrite, that must be possible without replacing another file.
         """
         mode = _check_existing(path, image, overwrite)
         _check_space(path, image, full)
         working = path + PARTIAL_SUFFIX
         # Like cp: the source's permission bits, cut by the umask.
         permissions = stat.S_IMODE(os.fstat(image.fd).st_mode) & 0o666 | 0o600
-        fd = _create_file(working, path, image, permissions)
+        fd = _create_file(path, image, permissions, probe=named and not overwrite)
         try:
             os.ftruncate(fd, image.size_bytes)
             if mode is not None:
@@ -94,9 +98,7 @@ class TargetFile:
         if self.overwrite:
             os.rename(self.working_path, self.path)
         else:
-            # link() fails where rename() would replace a file that appeared since the check.
-            os.link(self.working_path, self.path)
-            os.unlink(self.working_path)
+            _rename_without_replacing(self.working_path, self.path)
         self.working_path = self.path
         directory = os.open(os.path.dirname(self.path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -190,47 +192,106 @@ def remove_unheld(working: str) -> None:
     """Remove an unfinished file that a dead coordinator had just made: named as ours, and held by nobody."""
     if not working.endswith(PARTIAL_SUFFIX):
         return
-    try:
-        fd = os.open(working, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except OSError:
-        return
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if stat.S_ISREG(os.fstat(fd).st_mode):
-            os.unlink(working)
-    except OSError:
-        pass
-    finally:
-        os.close(fd)
-
-
-def _create_file(working: str, final: str, image: ImageFile, permissions: int) -> int:
-    """Create the file, always anew: what a dead backup has left under the name is removed first."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-    try:
+    for name in (working, _probing(working)):
         try:
-            fd = os.open(working, flags, permissions)
-        except FileExistsError:
-            _remove_abandoned(working, final, image)
-            fd = os.open(working, flags, permissions)
+            fd = os.open(name, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if stat.S_ISREG(os.fstat(fd).st_mode):
+                os.unlink(name)
+        except OSError:
+            pass
+        finally:
+            os.close(fd)
+
+
+def _probing(working: str) -> str:
+    return working.removesuffix(PARTIAL_SUFFIX) + PROBING_SUFFIX
+
+
+def _rename_without_replacing(path: str, to: str) -> None:
+    """Rename; FileExistsError where something has that name already (a plain rename would replace it)."""
+    try:
+        _core.rename_without_replacing(path, to)
+        return
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+    # NFS and FUSE file systems know no flags of rename.  Died in between: both names are the same file, and whoever
+    # finds it knows (`adopt`, `_remove_abandoned`).
+    os.link(path, to)
+    os.unlink(path)
+
+
+def _create_file(final: str, image: ImageFile, permissions: int, *, probe: bool) -> int:
+    """Create the file under its working name, always anew: what a dead backup has left there is removed first.
+
+    ``probe``: it gets that name in the same way as later the final one, so that a file system where it can't be done
+    is found now and not after hours of copying.
+    """
+    working = final + PARTIAL_SUFFIX
+    name = _probing(working) if probe else working
+    try:
+        fd = _create_anew(name, final, image, permissions)
     except OSError as error:
         if isinstance(error, TargetRefusedError):
             raise
-        raise TargetRefusedError(error.errno, f"target {final}: {working}: {error.strerror}") from error
+        raise TargetRefusedError(error.errno, f"target {final}: {name}: {error.strerror}") from error
     try:
         # Shared by us, and by the workers through their own descriptors: an exclusive lock means that nobody is left.
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        if not _is(name, Identity.of(os.fstat(fd))):
+            raise BlockingIOError
+        if probe:
+            _probe(name, final, image)
     except BlockingIOError:
         os.close(fd)
-        raise TargetRefusedError(errno.EBUSY, f"target {final}: another backup is writing {working}") from None
+        raise TargetRefusedError(errno.EBUSY, f"target {final}: another backup is writing {name}") from None
+    except BaseException:
+        os.unlink(name)
+        os.close(fd)
+        raise
     return fd
+
+
+def _create_anew(name: str, final: str, image: ImageFile, permissions: int) -> int:
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        return os.open(name, flags, permissions)
+    except FileExistsError:
+        _remove_abandoned(name, final, image)
+        return os.open(name, flags, permissions)
+
+
+def _probe(name: str, final: str, image: ImageFile) -> None:
+    working = final + PARTIAL_SUFFIX
+    try:
+        try:
+            _rename_without_replacing(name, working)
+        except FileExistsError:
+            _remove_abandoned(working, final, image)
+            _rename_without_replacing(name, working)
+    except FileExistsError:
+        raise TargetRefusedError(errno.EBUSY, f"target {final}: another backup is writing {working}") from None
+    except OSError as error:
+        if isinstance(error, TargetRefusedError):
+            raise
+        if error.errno not in (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK):
+            raise TargetRefusedError(error.errno, f"target {final}: {working}: {error.strerror}") from error
+        raise TargetRefusedError(
+            errno.EOPNOTSUPP,
+            f"target {final}: its file system can neither rename without replacing nor link, so the finished backup "
+            "could take the place of another file: allow overwrite, or choose another file system",
+        ) from error
 
 
 def _remove_abandoned(working: str, final: str, image: ImageFile) -> None:
     """Remove the partial file of a dead backup; refuse whatever is not surely that.
 
-    Not the source, not somebody else's file, not one with another name (it may be a finished backup, or anything), and
-    not one that a backup is writing.
+    Not the source, not somebody else's file, not one with another name (it may be a finished backup, or anything) but
+    the two that an unfinished file has while it is made, and not one that a backup is writing.
     """
     fd = os.open(working, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
@@ -238,7 +299,7 @@ def _remove_abandoned(working: str, final: str, image: ImageFile) -> None:
         if (
             not stat.S_ISREG(status.st_mode)
             or status.st_uid != os.geteuid()
-            or status.st_nlink != 1
+            or status.st_nlink != sum(_is(final + suffix, Identity.of(status)) for suffix in SUFFIXES)
             or Identity.of(status) == image.identity
         ):
             raise TargetRefusedError(

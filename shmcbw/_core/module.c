@@ -2,6 +2,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <stdio.h>
 #include <sys/stat.h>
 #include <sys/vfs.h>
 
@@ -71,7 +72,36 @@ static PyObject *core_birth_ns(PyObject *module, PyObject *argument)
                                        status.stx_btime.tv_nsec);
 }
 
+/* rename_without_replacing(path, to): FileExistsError where something is called `to`; EINVAL where the file system
+ * can't say that. */
+static PyObject *core_rename_without_replacing(PyObject *module, PyObject *args)
+{
+    PyObject *path = NULL, *to = NULL;
+    int result, number;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "O&O&:rename_without_replacing", PyUnicode_FSConverter, &path, PyUnicode_FSConverter,
+                          &to)) {
+        Py_XDECREF(path);
+        return NULL;
+    }
+    const char *from_name = PyBytes_AsString(path), *to_name = PyBytes_AsString(to);
+    Py_BEGIN_ALLOW_THREADS
+    result = renameat2(AT_FDCWD, from_name, AT_FDCWD, to_name, RENAME_NOREPLACE);
+    number = errno;
+    Py_END_ALLOW_THREADS
+    if (result != 0) {
+        errno = number;
+        PyErr_SetFromErrnoWithFilename(PyExc_OSError, to_name);
+    }
+    Py_DECREF(path);
+    Py_DECREF(to);
+    if (result != 0)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef module_methods[] = {
+    {"rename_without_replacing", core_rename_without_replacing, METH_VARARGS, NULL},
     {"start_writeback", core_start_writeback, METH_VARARGS, NULL},
     {"birth_ns", core_birth_ns, METH_O, NULL},
     {"punch_hole", core_punch_hole, METH_VARARGS, NULL},
