@@ -352,11 +352,19 @@ class Disk(_core.Filter):
     # -- the end ---------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Give everything back.  Waits for calls of other threads that are inside; closing twice is harmless."""
+        """Give everything back.  Waits for calls of other threads that are inside; closing twice is harmless.
+
+        Called by the handler of a signal that came in the middle of a write of the same thread, it returns at once: the
+        write ends with ClosedError and nothing written, and the handle lets go when it has left.
+        """
         with self._lock:
             if self._closed:
                 return
             self._closed = True
+        if not self._defer_close():
+            self._finish_close()
+
+    def _finish_close(self) -> None:
         while self._stop():
             time.sleep(0.001)
         with self._lock:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import threading
 
+from . import _core
 from .errors import NoFreeSlotError
 from .failpoints import hit, index_of
 from .layout import Slot, words
@@ -61,3 +62,10 @@ def reap_slot(segment: Segment, index: int) -> bool:
         return False
     release_slot(segment, index)
     return True
+
+
+def lives_any_writer(segment: Segment) -> bool:
+    """Whether any slot has a living owner."""
+    geometry = segment.geometry
+    used = _core.nonzero(segment.memory, geometry.slot(0, Slot.pid), Slot.SIZE, geometry.slot_count)
+    return any(segment.locked(slot_byte(slot)) for slot in used)

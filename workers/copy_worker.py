@@ -29,6 +29,7 @@ from shmcbw.filter import leave_last
 from shmcbw.image import Identity
 from shmcbw.layout import SNAPSHOT_COUNT, Header, Snapshot, Worker, words
 from shmcbw.segment import COORDINATOR, Segment, attach, start_ticks, worker_byte
+from shmcbw.slots import lives_any_writer
 from shmcbw.snapshots import store_first_error, target_path
 
 from .copying import Copied, Source, copy_run
@@ -148,19 +149,33 @@ class CopyWorker:
         _core.add_u64(self.segment.memory, self.segment.geometry.worker(self.worker_id, getattr(Worker, word)), 1)
 
     def _check_coordinator(self) -> None:
-        """An orphan leaves when no coordinator has come within the grace time and no snapshot needs it, or the image is
+        """An orphan leaves when no coordinator has come within the grace time and nobody needs it, or the image is
         deleted, so that none can come."""
         now = time.monotonic()
         if now - self.checked_s < 0.5:
             return
         self.checked_s = now
         deleted = os.fstat(self.source.file.fd).st_nlink == 0
-        if self.segment.locked(COORDINATOR) or (self.targets and not deleted):
+        if self.segment.locked(COORDINATOR) or (not deleted and any(map(self._needs_us, self.targets.values()))):
             self.orphan_since = None
         elif self.orphan_since is None:
             self.orphan_since = now
         elif now - self.orphan_since > GRACE_S:
             self.leaving = True
+
+    def _needs_us(self, target: Target) -> bool:
+        """Whether an orphan has anything to copy for this snapshot: in the background, or for a writer that lives.
+
+        One whose cut was never taken, or that is copied already, waits for a coordinator and not for workers.
+        """
+        segment, index = self.segment, target.index
+        word = segment.snapshot(index, Snapshot.state)
+        if word & 0xFFFFFFFF != states.ACTIVE or segment.snapshot(index, Snapshot.serial) != target.serial:
+            return False
+        if _core.find_pending(target.bitmap.memory, 0, self.clusters) == self.clusters:
+            return False
+        error = states.split_error(segment.snapshot(index, Snapshot.background_error), word >> 32)
+        return (bool(segment.snapshot(index, Snapshot.background)) and error is None) or lives_any_writer(segment)
 
     # -- the snapshot table ----------------------------------------------------------------------------------------
 

@@ -64,6 +64,13 @@ enum {
     LONG_COPY_BYTES = 128 * 1024,
 };
 
+/* A write that runs Python in between: _resolve, or the handler of a signal.  That may come back to this handle, in the
+ * same thread, and must not wait for the write to leave.  On the stack of the write; changed with the GIL held. */
+struct detour {
+    unsigned long thread;
+    struct detour *next;
+};
+
 struct thread_slot {
     unsigned long thread;
     uint64_t index;
@@ -90,6 +97,8 @@ struct filter {
     size_t thread_count;
     size_t last_thread;
     size_t busy; /* calls inside, changed with the GIL held */
+    struct detour *detours;
+    unsigned long closing_thread; /* whose outermost write finishes a close that came in a detour; 0: none */
 };
 
 struct request {
@@ -131,6 +140,60 @@ static int refuse(struct filter *self, enum reason reason, uint64_t value, uint6
     if (resolve(self, reason, 0, value, cluster) == 0)
         PyErr_Format(PyExc_SystemError, "_resolve(%d) must raise", (int)reason);
     return -1;
+}
+
+static void begin_detour(struct filter *self, struct detour *detour)
+{
+    detour->thread = PyThread_get_thread_ident();
+    detour->next = self->detours;
+    self->detours = detour;
+}
+
+static void end_detour(struct filter *self, const struct detour *detour)
+{
+    struct detour **link = &self->detours;
+    /* Not the first one when other threads have begun theirs meanwhile; not there at all in a forked child. */
+    while (*link != NULL && *link != detour)
+        link = &(*link)->next;
+    if (*link != NULL)
+        *link = detour->next;
+}
+
+static bool in_detour(const struct filter *self)
+{
+    const struct detour *detour = self->detours;
+    while (detour != NULL && detour->thread != PyThread_get_thread_ident())
+        detour = detour->next;
+    return detour != NULL;
+}
+
+/* resolve(), from inside a write. */
+static int resolve_write(struct filter *self, enum reason reason, uint64_t index, uint64_t value, uint64_t cluster)
+{
+    struct detour detour;
+    begin_detour(self, &detour);
+    int result = resolve(self, reason, index, value, cluster);
+    end_detour(self, &detour);
+    return result;
+}
+
+static int refuse_write(struct filter *self, enum reason reason, uint64_t value, uint64_t cluster)
+{
+    struct detour detour;
+    begin_detour(self, &detour);
+    refuse(self, reason, value, cluster);
+    end_detour(self, &detour);
+    return -1;
+}
+
+/* Runs the handlers of signals that came; -1: one has raised. */
+static int handle_signals(struct filter *self)
+{
+    struct detour detour;
+    begin_detour(self, &detour);
+    int result = PyErr_CheckSignals();
+    end_detour(self, &detour);
+    return result;
 }
 
 static inline bool failpoints_armed(const struct filter *self)
@@ -317,9 +380,14 @@ static int await_copies(struct filter *self, struct thread_slot *thread, struct 
         if (waited != WAITED_BLOCKED || !self->open)
             break;
         /* Not only at EINTR: the kernel may have given the signal to another thread. */
-        if (PyErr_CheckSignals() != 0) {
+        if (handle_signals(self) != 0) {
             result = -1;
             break;
+        }
+        /* A handler that wrote through this handle has used the slot: ask again. */
+        if (self->open && atomic_load(slot_word32(shared, slot, shared->want_sequence)) != sequence) {
+            publish_want(shared, slot, first, end, &sequence);
+            ring(self, false);
         }
         late = earliest_deadline(self, bitmaps, first, end, request->wait_started_ns, &deadline_ns);
         if (late >= 0 && deadline_ns <= now_ns())
@@ -337,9 +405,9 @@ static int await_copies(struct filter *self, struct thread_slot *thread, struct 
     if (result != 0 || !self->open)
         return result;
     if (waited == WAITED_ERROR)
-        return resolve(self, REASON_FAILED, error & 15, error >> 32 & 0xfff, first + (error >> 4 & 0xfffffff));
+        return resolve_write(self, REASON_FAILED, error & 15, error >> 32 & 0xfff, first + (error >> 4 & 0xfffffff));
     if (waited == WAITED_BLOCKED && late >= 0)
-        return resolve(self, REASON_LATE, (uint64_t)late, late_serial, cluster);
+        return resolve_write(self, REASON_LATE, (uint64_t)late, late_serial, cluster);
     return 0;
 }
 
@@ -360,10 +428,10 @@ static int wait_gate(struct filter *self, struct thread_slot *thread, uint32_t e
     atomic_store(asleep, 0);
     still = atomic_load(shared->epoch) == epoch;
     Py_END_ALLOW_THREADS
-    if (PyErr_CheckSignals() != 0)
+    if (handle_signals(self) != 0)
         return -1;
     if (still && slept == ETIMEDOUT)
-        return resolve(self, REASON_GATED, 0, epoch, 0);
+        return resolve_write(self, REASON_GATED, 0, epoch, 0);
     return 0;
 }
 
@@ -429,10 +497,10 @@ static int try_write(struct filter *self, struct request *request)
     const struct shared *shared = &self->shared;
     struct thread_slot *thread = find_thread(self);
     if (__builtin_expect(thread == NULL || !self->open, 0))
-        return resolve(self, REASON_ATTACH, 1, 0, 0);
+        return resolve_write(self, REASON_ATTACH, 1, 0, 0);
     if (__builtin_expect(request->offset > shared->image_size || request->length > shared->image_size - request->offset,
                          0))
-        return refuse(self, REASON_RANGE, request->offset, request->length);
+        return refuse_write(self, REASON_RANGE, request->offset, request->length);
     if (__builtin_expect(request->length == 0, 0))
         return 1;
 
@@ -465,7 +533,7 @@ static int try_write(struct filter *self, struct request *request)
                 atomic_store_explicit(in_flight, 0, memory_order_release);
                 reach(self, armed, WRITER_LEFT);
                 if (found == LOOK_UNMAPPED)
-                    return resolve(self, REASON_UNMAPPED, (uint64_t)index, 0, 0);
+                    return resolve_write(self, REASON_UNMAPPED, (uint64_t)index, 0, 0);
                 return await_copies(self, thread, request, cluster, end);
             }
             reach(self, armed, WRITER_LOOKED);
@@ -487,11 +555,26 @@ static int try_write(struct filter *self, struct request *request)
     reach(self, armed, WRITER_STORED);
     atomic_store_explicit(in_flight, 0, memory_order_release);
     if (__builtin_expect(failed, 0))
-        return refuse(self, REASON_FAULT, request->offset, request->length);
+        return refuse_write(self, REASON_FAULT, request->offset, request->length);
     if (__builtin_expect(unchanged && request->kind != KIND_UNCHANGED, 0))
         return 0;
     count_write(self, thread, request, first_touch);
     return 1;
+}
+
+/* The outermost write of the thread whose handler closed the disk has left: now nothing of it is in use here. */
+static void finish_close(struct filter *self)
+{
+    PyObject *type, *value, *trace;
+    if (self->closing_thread != PyThread_get_thread_ident() || in_detour(self))
+        return;
+    self->closing_thread = 0;
+    PyErr_Fetch(&type, &value, &trace);
+    PyObject *result = PyObject_CallMethod((PyObject *)self, "_finish_close", NULL);
+    if (result == NULL)
+        PyErr_WriteUnraisable((PyObject *)self);
+    Py_XDECREF(result);
+    PyErr_Restore(type, value, trace);
 }
 
 static PyObject *run_write(struct filter *self, struct request *request)
@@ -501,6 +584,8 @@ static PyObject *run_write(struct filter *self, struct request *request)
     while (done == 0)
         done = try_write(self, request);
     self->busy--;
+    if (__builtin_expect(self->closing_thread != 0, 0))
+        finish_close(self);
     return done < 0 ? NULL : PyLong_FromUnsignedLongLong(request->length);
 }
 
@@ -723,6 +808,19 @@ static PyObject *filter_stop(PyObject *object, PyObject *unused)
     return PyLong_FromSize_t(self->busy);
 }
 
+/* defer_close() -> whether the calling thread is in the middle of a write (a handler or a finalizer closes the disk):
+ * then no new calls come in, and that write ends with ClosedError and calls _finish_close. */
+static PyObject *filter_defer_close(PyObject *object, PyObject *unused)
+{
+    struct filter *self = (struct filter *)object;
+    (void)unused;
+    if (!in_detour(self))
+        Py_RETURN_FALSE;
+    self->open = false;
+    self->closing_thread = PyThread_get_thread_ident();
+    Py_RETURN_TRUE;
+}
+
 enum release_mode {
     RELEASE_IDLE = 0,   /* nobody may be inside */
     RELEASE_INSIDE = 1, /* called by _resolve to attach anew: readers may be inside, their mapping stays */
@@ -738,8 +836,11 @@ static PyObject *filter_release(PyObject *object, PyObject *argument)
     if (self->busy != 0 && mode == RELEASE_IDLE)
         return PyErr_Format(PyExc_ValueError, "release: %zu calls are inside", self->busy);
     self->open = false;
-    if (mode == RELEASE_FORKED)
+    if (mode == RELEASE_FORKED) {
         self->busy = 0;
+        self->detours = NULL;
+        self->closing_thread = 0;
+    }
     clear(self);
     Py_RETURN_NONE;
 }
@@ -827,6 +928,7 @@ static PyMethodDef filter_methods[] = {
     {"_attach_bitmap", filter_attach_bitmap, METH_VARARGS, NULL},
     {"_detach_bitmap", filter_detach_bitmap, METH_O, NULL},
     {"_stop", filter_stop, METH_NOARGS, NULL},
+    {"_defer_close", filter_defer_close, METH_NOARGS, NULL},
     {"_release", filter_release, METH_O, NULL},
     {NULL, NULL, 0, NULL},
 };
