@@ -10,6 +10,7 @@ import errno
 import os
 
 __all__ = [
+    "BitmapError",
     "ClosedError",
     "CoordinatorRunningError",
     "CopyFailedError",
@@ -144,6 +145,15 @@ class CutAbandonedError(ShmcbwError):
     def __init__(self, message: str, pids: tuple[int, ...] = ()) -> None:
         super().__init__(message)
         self.pids = pids
+
+
+class BitmapError(ShmcbwError, ValueError):
+    """A dirty bitmap is not there, in use, can't be trusted, or was asked for what makes no sense; nothing changed.
+
+    The texts are QEMU's where QEMU has one.
+    """
+
+    exit_status = 8
 
 
 class JobFailedError(ShmcbwError, OSError):

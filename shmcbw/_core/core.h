@@ -33,6 +33,7 @@ enum {
     PENDING = 0,
     WORKER_ID_MAX = 239,
     COPIED = 240, /* every byte from here on lets a write go on */
+    SKIPPED = 241,
 };
 
 enum { SNAPSHOT_COUNT = 8 };
@@ -166,5 +167,6 @@ int add_semaphore(PyObject *module);
 int add_filter(PyObject *module);
 int add_copier(PyObject *module);
 int add_failpoint(PyObject *module);
+int add_bits(PyObject *module);
 
 #endif

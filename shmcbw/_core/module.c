@@ -123,7 +123,7 @@ PyMODINIT_FUNC PyInit__core(void)
     if (module == NULL)
         return NULL;
     if (add_guard(module) != 0 || add_words(module) != 0 || add_clusters(module) != 0 || add_semaphore(module) != 0 ||
-        add_filter(module) != 0 || add_copier(module) != 0 || add_failpoint(module) != 0) {
+        add_filter(module) != 0 || add_copier(module) != 0 || add_failpoint(module) != 0 || add_bits(module) != 0) {
         Py_DECREF(module);
         return NULL;
     }
