@@ -8,7 +8,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CORE := $(wildcard shmcbw/_core/*.c shmcbw/_core/*.h)
-DEBIAN_PACKAGES := bindfs e2fsprogs exfat-fuse exfatprogs qemu-utils strace
+DEBIAN_PACKAGES := bindfs e2fsprogs exfat-fuse exfatprogs qemu-system-common qemu-utils strace
 
 .PHONY: demo test lint bench matrix torture model clean
 

@@ -19,6 +19,7 @@ __all__ = [
     "EpochsExhaustedError",
     "ForeignSegmentError",
     "ImageError",
+    "ImageInUseError",
     "JobCancelledError",
     "JobFailedError",
     "LayoutVersionError",
@@ -75,6 +76,12 @@ class LayoutVersionError(ShmcbwError):
 
 class ImageError(ShmcbwError, OSError):
     """The image can't be served: wrong kind of file, empty, or changed in size."""
+
+
+class ImageInUseError(ShmcbwError, BlockingIOError):
+    """Another process, a QEMU most likely, has the image open in a way that goes not together with ours."""
+
+    exit_status = 3
 
 
 class ReadOnlyImageError(ShmcbwError, PermissionError):

@@ -36,6 +36,10 @@ from .errors import ForeignSegmentError, LayoutVersionError, NoCoordinatorError,
 from .image import Identity, ImageFile
 from .layout import MAGIC, SNAPSHOT_COUNT, VERSION, WORKER_ID_MAX, Geometry, Header, Snapshot, Word
 
+TYPE_CHECKING = False  # see failpoints.py
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 SHM = "/dev/shm"
 COORDINATOR = 0
 UNFINISHED_S = 10.0
@@ -310,10 +314,13 @@ def _close_in_child() -> None:
 os.register_at_fork(after_in_child=_close_in_child)
 
 
-def create(image: ImageFile, geometry: Geometry, access: Access) -> Segment:
+def create(
+    image: ImageFile, geometry: Geometry, access: Access, before_visible: Callable[[], None] | None = None
+) -> Segment:
     """Create a control segment and own it: the coordinator's lock is held when it becomes visible as finished.
 
-    FileExistsError if there is one; OSError(ENOSPC) if /dev/shm is full.
+    FileExistsError if there is one; OSError(ENOSPC) if /dev/shm is full.  ``before_visible``: called by its owner while
+    nobody can attach yet; what it raises is raised, with nothing left.
     """
     identity = image.identity
     name = segment_name(identity)
@@ -339,6 +346,8 @@ def create(image: ImageFile, geometry: Geometry, access: Access) -> Segment:
         # Not 1: the bitmaps of a discarded generation must not be taken for ours.
         segment.set_header(Header.next_serial, 1 + int.from_bytes(os.urandom(3), "little"))
         segment.set_header(Header.started_ns, time.time_ns())
+        if before_visible is not None:
+            before_visible()
         segment.set_header(Header.magic, MAGIC)
     except BaseException:
         if segment.linked():
@@ -479,12 +488,16 @@ def try_retire(segment: Segment) -> bool:
 
 def in_use(segment: Segment) -> bool:
     """Whether a slot or a worker lives, or a snapshot waits for its coordinator's return."""
-    geometry = segment.geometry
     return (
         any(segment.snapshot(index, Snapshot.state) & 0xFFFFFFFF for index in range(SNAPSHOT_COUNT))
-        or any(segment.locked(byte) for byte in range(1, geometry.worker_count + 1))
-        or any(segment.locked(slot_byte(slot)) for slot in range(geometry.slot_count))
+        or worker_lives(segment)
+        or any(segment.locked(slot_byte(slot)) for slot in range(segment.geometry.slot_count))
     )
+
+
+def worker_lives(segment: Segment) -> bool:
+    """Whether any copy worker lives, of whatever generation."""
+    return any(segment.locked(worker_byte(worker_id)) for worker_id in range(1, segment.geometry.worker_count + 1))
 
 
 def unlink_all(identity: Identity) -> None:

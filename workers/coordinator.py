@@ -47,6 +47,7 @@ from shmcbw.segment import (
     discard_unused,
     sweep,
     try_retire,
+    worker_lives,
 )
 from shmcbw.slots import reap_slot
 from shmcbw.snapshots import SnapshotReader, break_snapshot, broken_error, state_of, target_path, wake_all
@@ -55,6 +56,7 @@ from shmcbw.status import describe_segment
 from . import jobs
 from .cut import Cut, take_cut
 from .jobs import Job, Progress
+from .permissions import ImageLock
 from .pool import Pool, absolute
 from .targets import PARTIAL_SUFFIX, TargetFile, remove_unheld, resolve
 
@@ -117,10 +119,12 @@ class Coordinator:
 
     image: path of the image.  workers: copy workers (1..239).  cluster_size: bytes, a power of two from 4 KiB to
     2 MiB (default 64 KiB).  slots: writing threads at once (default 64).  group: a group that may attach (mode 0660
-    instead of 0600).  drain_limit: seconds that a cut may hold writes, then it is given up.
+    instead of 0600).  drain_limit: seconds that a cut may hold writes, then it is given up.  locking: QEMU's image lock
+    (`permissions.py`): "auto", "on" (fail where the file system has none), "off".
 
-    CoordinatorRunningError: the image has a coordinator.  ForeignSegmentError, LayoutVersionError: its shared memory
-    belongs to somebody else.  ImageError, OSError: the image can't be served, or /dev/shm has no room.
+    CoordinatorRunningError: the image has a coordinator.  ImageInUseError: a QEMU has it.  ForeignSegmentError,
+    LayoutVersionError: its shared memory belongs to somebody else.  ImageError, OSError: the image can't be served, or
+    /dev/shm has no room.
 
     Takes over what a dead coordinator has left: writers stay attached, jobs and snapshots go on.
     """
@@ -134,6 +138,7 @@ class Coordinator:
         slots: int | None = None,
         group: str | int | None = None,
         drain_limit: float = 0.1,
+        locking: str = "auto",
     ) -> None:
         if not 1 <= workers <= 239:
             raise ValueError(f"workers: {workers} is not in 1..239")
@@ -156,6 +161,7 @@ class Coordinator:
         self._pid = os.getpid()
         # Absolute, once: the process may change its directory.
         self._image = ImageFile.open(absolute(image), writable=False)
+        self._image_lock = ImageLock(self._image, locking)
         for name in sweep():
             log.info("removed %s, which nobody used any more", name)
         try:
@@ -165,15 +171,23 @@ class Coordinator:
                 slots or 64,
                 max(workers, WORKER_COUNT_MIN),
             )
-            self._segment, adopted = _own_segment(self._image, geometry, self._access, cluster_size, slots)
+            self._segment, adopted = _own_segment(
+                self._image, self._image_lock, geometry, self._access, cluster_size, slots
+            )
         except BaseException:
+            self._image_lock.close()
             self._image.close()
             raise
         try:
             self._segment.set_header(Header.coordinator_pid, self._pid)
             self._segment.set_header(Header.started_ns, time.time_ns())
             self._segment.set_text(Header.image_path.offset, Header.image_path, os.path.abspath(self.path))
-            self._pool = Pool(self._segment, self._image.path, min(workers, self._segment.geometry.worker_count // 2))
+            self._pool = Pool(
+                self._segment,
+                self._image.path,
+                min(workers, self._segment.geometry.worker_count // 2),
+                self._image_lock,
+            )
             if adopted:
                 self._adopt()
             self._pool.start()
@@ -692,6 +706,8 @@ class Coordinator:
         segment = self._segment
         try_retire(segment)
         segment.set_header(Header.coordinator_pid, 0)
+        # Before the segment: whoever owns that next is not to find us here.
+        self._image_lock.close()
         segment.unlock(COORDINATOR)
         segment.close()
 
@@ -708,13 +724,18 @@ class Coordinator:
 
 
 def _own_segment(
-    image: ImageFile, geometry: Geometry, access: Access, cluster_size: int | None, slots: int | None
+    image: ImageFile,
+    image_lock: ImageLock,
+    geometry: Geometry,
+    access: Access,
+    cluster_size: int | None,
+    slots: int | None,
 ) -> tuple[Segment, bool]:
     """Create the image's segment, or take over the one that a dead coordinator left: (segment, adopted)."""
     deadline = time.monotonic() + TAKE_OVER_S
     while True:
         try:
-            return create(image, geometry, access), False
+            return create(image, geometry, access, image_lock.take), False
         except FileExistsError:
             pass
         try:
@@ -746,6 +767,11 @@ def _own_segment(
         if try_retire(segment):
             segment.close()
         elif fits:
+            try:
+                image_lock.take(shared_with_ours=worker_lives(segment))
+            except BaseException:
+                segment.close()
+                raise
             segment.set_header(Header.retired, 0)
             return segment, True
         else:

@@ -1,8 +1,8 @@
 """The pool: starts copy workers, notices their death, gives their claims back, replaces them.
 
 Workers are started as ``python -m shmcbw.workers.copy_worker`` rather than by multiprocessing: a spawned child would
-run the embedding program's main module again, and starts five times slower.  They are told names only, and outlive
-the coordinator on purpose.
+run the embedding program's main module again, and starts five times slower.  They are told names only (but for the
+image's lock, which they inherit), and outlive the coordinator on purpose.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from shmcbw.layout import SNAPSHOT_COUNT, Header, Snapshot, Worker
 from shmcbw.segment import Segment, worker_byte
 from shmcbw.snapshots import wake_all
 
+from .permissions import ImageLock
+
 log = logging.getLogger("shmcbw")
 
 _REAPED, _GENERATION = index_of("coordinator.reaped"), index_of("adopt.generation")
@@ -35,8 +37,9 @@ PATIENCE_S = 2.0
 class Pool:
     """The copy workers of one coordinator: ids, processes, generation."""
 
-    def __init__(self, segment: Segment, image_path: str, count: int) -> None:
+    def __init__(self, segment: Segment, image_path: str, count: int, image_lock: ImageLock) -> None:
         self._segment = segment
+        self._image_lock = image_lock
         self._image_path = image_path
         self._count = count
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
@@ -92,7 +95,11 @@ class Pool:
             str(worker_id),
             str(self._generation),
         ]
-        self._processes[worker_id] = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        # The one handle that a worker gets: it keeps the image locked for as long as anybody copies (permissions.py).
+        lock = (self._image_lock.fd,) if self._image_lock.held else ()
+        self._processes[worker_id] = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=lock
+        )
         self._started_s[worker_id] = time.monotonic()
 
     def _serves(self, worker_id: int) -> bool:
