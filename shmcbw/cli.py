@@ -329,7 +329,7 @@ def _check(options: argparse.Namespace) -> int:
     for violation in violations if not options.json else []:
         print(f"{violation.invariant}: {violation.found}")
     if not violations and not options.json:
-        print(f"{options.image}: I1 to I6 and I8 hold")
+        print(f"{options.image}: I1 to I6, I8 and I9 hold")
     return 1 if violations else 0
 
 

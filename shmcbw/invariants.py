@@ -11,6 +11,7 @@ not reaped yet) counts as a violation only if it is still there after `SETTLE_S`
     I6  no cluster is marked with a later epoch than the current one
     I7  is about what readers do with what they read: nothing of it can be seen in the segment
     I8  somebody owns the segment, and every used slot and worker entry has a living owner
+    I9  the group of an active or complete snapshot is decided: it counts
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 from . import _core, states
 from .bitmap import COPIED, ZERO, Bitmap
 from .epochs import epoch
+from .groups import counts
 from .image import Identity
 from .layout import SNAPSHOT_COUNT, Header, Slot, Snapshot, Worker
 from .segment import COORDINATOR, Segment, slot_byte, worker_byte
@@ -33,7 +35,7 @@ SETTLE_S = 1.5
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """An invariant ("I1".."I8") and what was found."""
+    """An invariant ("I1".."I9") and what was found."""
 
     invariant: str
     found: str
@@ -93,6 +95,8 @@ def _snapshots(segment: Segment) -> Iterator[Violation]:
             yield Violation("I4", f"snapshot {index}: unknown state {state}")
         elif state == states.ACTIVE:
             yield from _active(segment, index)
+        if state in (states.ACTIVE, states.COMPLETE) and not counts(segment, index):
+            yield Violation("I9", f"snapshot {index}: its group is not committed")
 
 
 def _active(segment: Segment, index: int) -> Iterator[Violation]:

@@ -18,6 +18,7 @@ MAGIC = int.from_bytes(b"shmcbw\r\n", "little")
 VERSION = 1
 
 SNAPSHOT_COUNT = 8
+GROUP_MEMBERS_MAX = 128
 SLOT_COUNT_MAX = 4096
 WORKER_ID_MAX = 239
 WORKER_COUNT_MIN = 8
@@ -135,7 +136,17 @@ class Snapshot:
     target_inode = Word(200, 8, "coordinator", "workers", "")
     job = Word(208, 4, "coordinator", "adopting coordinator", "0 none, 1 a backup job")
     overwrite = Word(212, 4, "coordinator", "adopting coordinator", "1: the finished target may replace another file")
+    group = Word(
+        216, 8, "compare-and-swap", "all", "group's id 62 bits | 1 undecided, 2 committed, 3 failed; 0: no group"
+    )
+    group_device = Word(224, 8, "coordinator", "adopting coordinator", "where the group's leader is: image,")
+    group_inode = Word(232, 8, "coordinator", "adopting coordinator", "")
+    group_index = Word(240, 4, "coordinator", "adopting coordinator", "and entry of its table")
+    group_count = Word(244, 4, "coordinator", "adopting coordinator", "leader: members, itself among them")
     target_path = Word(512, PATH_SIZE, "coordinator", "workers", "where the data goes, ends with NUL")
+    group_members = Word(
+        4608, 24 * GROUP_MEMBERS_MAX, "coordinator", "adopting coordinator", "leader: device 8, inode 8, entry 8 each"
+    )
 
 
 STRUCTURES = (Header, Worker, Slot, Snapshot)

@@ -17,6 +17,7 @@ from .bitmap import COPIED, COPIED_FOR_WRITER, PENDING, SKIPPED, ZERO, Bitmap
 from .clusters import byte_range, inward, outward
 from .errors import ClosedError, OutOfRangeError, SnapshotBrokenError, SnapshotInaccessibleError
 from .failpoints import hit, index_of
+from .groups import counts
 from .image import HONEST_HOLES, ImageFile, file_size, next_data
 from .layout import Slot, Snapshot, Word
 from .segment import Segment
@@ -115,6 +116,8 @@ class SnapshotReader:
     """Reads one snapshot.  From any process and thread; holds a private descriptor of source and target each."""
 
     def __init__(self, segment: Segment, index: int, serial: int, image: ImageFile, target_fd: int) -> None:
+        if not counts(segment, index):
+            raise ClosedError("the snapshot is one of a group whose cut was not completed")
         self._segment = segment
         self._index = index
         self._odd_epoch = segment.snapshot(index, Snapshot.state) >> 32

@@ -1,7 +1,8 @@
-"""A coordinator in a process of its own, driven by lines of JSON: ``python -m tests.owner IMAGE``.
+"""A coordinator in a process of its own, driven by lines of JSON: ``python -m tests.owner IMAGE [IMAGE...]``.
 
 Commands: {"do": "backup", "target"}, {"do": "snapshot", "scratch"}, {"do": "read"}, {"do": "wait"}, {"do": "drop"},
-{"do": "close"}.  Each is answered by {"ok": …} or {"error": type, "message": …}.  It may be killed at any moment.
+{"do": "close"}, and with several images {"do": "group", "targets"}: the others then are about all of them.  Each is
+answered by {"ok": …} or {"error": type, "message": …}.  It may be killed at any moment.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from shmcbw.workers import Coordinator
+from shmcbw.workers import Backup, Coordinator, backup_group
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -22,9 +24,9 @@ ROOT = Path(__file__).resolve().parents[1]
 class Owner:
     """The parent's end."""
 
-    def __init__(self, image: Path, **environment: str) -> None:
+    def __init__(self, *images: Path, **environment: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.owner", str(image)],
+            [sys.executable, "-m", "tests.owner", *map(str, images)],
             cwd=ROOT,
             env={**os.environ, "SHMCBW_FAILPOINTS": "segment", **environment},
             stdin=subprocess.PIPE,
@@ -67,13 +69,15 @@ class Owner:
                 pass
 
 
-def main(image: str) -> None:
-    with Coordinator(image, workers=2, drain_limit=2.0) as coordinator:
-        print(json.dumps({"ok": [job.target for job in coordinator.jobs]}), flush=True)
+def main(images: list[str]) -> None:
+    with ExitStack() as stack:
+        coordinators = [stack.enter_context(Coordinator(image, workers=2, drain_limit=2.0)) for image in images]
+        targets = [job.target for coordinator in coordinators for job in coordinator.jobs]
+        print(json.dumps({"ok": targets}), flush=True)
         for line in sys.stdin:
             command = json.loads(line)
             try:
-                answer = {"ok": _do(coordinator, command)}
+                answer = {"ok": _do(coordinators, command)}
             except Exception as error:  # whatever it is, the test wants to see it
                 answer = {"error": type(error).__name__, "message": str(error)}
             print(json.dumps(answer), flush=True)
@@ -81,22 +85,27 @@ def main(image: str) -> None:
                 return
 
 
-def _do(coordinator: Coordinator, command: dict[str, Any]) -> Any:
+def _do(coordinators: list[Coordinator], command: dict[str, Any]) -> Any:
     action = command["do"]
+    snapshots = [snapshot for coordinator in coordinators for snapshot in coordinator.snapshots]
     if action == "backup":
-        return coordinator.backup(command["target"], cbw_timeout=20).id
+        return coordinators[0].backup(command["target"], cbw_timeout=20).id
+    if action == "group":
+        members = zip(coordinators, command["targets"], strict=True)
+        return [job.id for job in backup_group([Backup(*member, cbw_timeout=20) for member in members])]
     if action == "snapshot":
-        coordinator.snapshot(command["scratch"], cbw_timeout=20)
+        coordinators[0].snapshot(command["scratch"], cbw_timeout=20)
     elif action == "read":
-        return [hashlib.sha256(s.pread(s.size_bytes, 0)).hexdigest() for s in coordinator.snapshots]
+        return [hashlib.sha256(s.pread(s.size_bytes, 0)).hexdigest() for s in snapshots]
     elif action == "drop":
-        for snapshot in coordinator.snapshots:
+        for snapshot in snapshots:
             snapshot.close()
     elif action == "wait":
-        for job in coordinator.jobs:
-            job.wait(30)
+        for coordinator in coordinators:
+            for job in coordinator.jobs:
+                job.wait(30)
     return None
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1:])

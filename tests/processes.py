@@ -12,6 +12,7 @@ from multiprocessing.context import SpawnProcess
 from typing import Any
 
 import shmcbw
+from shmcbw.layout import Slot
 
 CONTEXT = multiprocessing.get_context("spawn")
 
@@ -53,6 +54,27 @@ def write_pairs_forever(path: str, first: int, second: int) -> None:
             count += 1
             disk.pwrite(count.to_bytes(8, "little"), first)
             disk.pwrite(count.to_bytes(8, "little"), second)
+
+
+def write_pairs_across_forever(first: str, second: str, offset: int) -> None:
+    """Write 1, 2, 3, … to one image, then to another: an instant never shows the second ahead of the first."""
+    parent = os.getppid()
+    with shmcbw.open(first) as one, shmcbw.open(second) as other:
+        count = 0
+        while os.getppid() == parent:
+            count += 1
+            one.pwrite(count.to_bytes(8, "little"), offset)
+            other.pwrite(count.to_bytes(8, "little"), offset)
+
+
+def hold_in_flight(path: str) -> None:
+    """A writer that is stopped in the middle of a write: marked in flight, then SIGSTOP."""
+    disk = shmcbw.open(path)
+    assert disk._segment is not None
+    (slot,) = disk._slots
+    disk._segment.set_slot(slot, Slot.in_flight, 1)
+    os.kill(os.getpid(), signal.SIGSTOP)
+    disk._segment.set_slot(slot, Slot.in_flight, 0)
 
 
 def write_once(path: str, data: bytes, offset: int) -> None:

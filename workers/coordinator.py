@@ -17,6 +17,7 @@ import math
 import os
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -35,6 +36,7 @@ from shmcbw.errors import (
     TargetRefusedError,
 )
 from shmcbw.failpoints import hit, index_of
+from shmcbw.groups import resolve as resolve_group
 from shmcbw.image import Identity, ImageFile
 from shmcbw.layout import SNAPSHOT_COUNT, WORKER_COUNT_MIN, Geometry, Header, Slot, Snapshot
 from shmcbw.segment import (
@@ -54,7 +56,8 @@ from shmcbw.snapshots import SnapshotReader, break_snapshot, broken_error, state
 from shmcbw.status import describe_segment
 
 from . import jobs
-from .cut import Cut, take_cut
+from .cut import NO_CUT, Cut
+from .groups import Backup, Quiesce, Request, Scratch, backup_group, snapshot_group
 from .jobs import Job, Progress
 from .permissions import ImageLock
 from .pool import Pool, absolute
@@ -77,7 +80,8 @@ class Entry:
     serial: int
     target: TargetFile
     bitmap: Bitmap
-    cut: Cut
+    cut: Cut = NO_CUT
+    released: bool = False
 
 
 class CoordinatorSnapshot(SnapshotReader):
@@ -150,6 +154,9 @@ class Coordinator:
         self._access = Access.for_group(group)
         self._drain_limit = drain_limit
         self._lock = threading.RLock()
+        #: Cuts that are being prepared or taken, and who waits until there are none.
+        self._cutting = 0
+        self._idle = threading.Condition(self._lock)
         self._entries: dict[int, Entry] = {}
         self._jobs: dict[str, Job] = {}
         self._snapshots: dict[int, CoordinatorSnapshot] = {}
@@ -215,10 +222,12 @@ class Coordinator:
                 segment.count_header(Header.slots_reaped)
         self._pool.return_dead_claims()
         self._reach("claims", "adopt")
-        for index in range(SNAPSHOT_COUNT):
+        used = [index for index in range(SNAPSHOT_COUNT) if state_of(segment, index) != states.FREE]
+        # Of all, before any is freed: the others may have to ask this one.
+        counting = [index for index in used if resolve_group(segment, index)]
+        self._reach("groups", "adopt")
+        for index in used:
             state = state_of(segment, index)
-            if state == states.FREE:
-                continue
             if state == states.CREATING:
                 remove_unheld(target_path(segment, index))
                 self._free_entry(index, segment.snapshot(index, Snapshot.serial))
@@ -228,14 +237,17 @@ class Coordinator:
                 self._free_entry(index, segment.snapshot(index, Snapshot.serial))
             elif state not in (states.ACTIVE, states.BROKEN, states.COMPLETE):
                 self._release_entry(entry)
+            elif index not in counting:
+                log.error("the snapshot to %s ends: the cut of its group was not completed", entry.target.path)
+                self._release_entry(entry)
             else:
                 self._entries[index] = entry
                 if segment.snapshot(index, Snapshot.job):
                     sync = segment.snapshot(index, Snapshot.sync)
-                    job = self._add_job(entry, next(name for name, value in states.SYNCS.items() if value == sync))
+                    job = self.add_job(entry, next(name for name, value in states.SYNCS.items() if value == sync))
                     log.info("adopted %r", job)
                 else:
-                    self._snapshots[index] = self._make_snapshot(entry)
+                    self.add_snapshot(entry)
             self._reach("entry", "adopt")
         self._unlink_strays()
 
@@ -280,19 +292,29 @@ class Coordinator:
         on_cbw_error: str = "break-snapshot",
         cbw_timeout: float = 30.0,
         overwrite: bool = False,
+        quiesce: Quiesce | None = None,
     ) -> Job:
         """Start a backup; returns when the cut is taken: what was written before is in it, what comes later is not.
 
         sync: "full"; "top" (only what is allocated in the source; holes are left out); "none" (nothing is copied but
         what writers overwrite; ends by cancel).  speed: bytes a second of background copying, 0 for no limit.
         on_cbw_error: "break-snapshot" or "break-guest-write".  cbw_timeout: seconds a write waits for a copy, 0 for
-        ever.  overwrite: replace an existing target of the same size, when the new one is complete.
+        ever.  overwrite: replace an existing target of the same size, when the new one is complete.  quiesce: a context
+        manager that is entered when all is prepared, and left when the cut is taken or has failed: for an application
+        that can come to rest.  It must not close the coordinator.
 
         TargetRefusedError, CutAbandonedError, NoFreeSnapshotError: nothing has changed.
         """
-        entry = self._take_snapshot(target, sync, speed, on_cbw_error, cbw_timeout, overwrite, job=True)
-        with self._lock:
-            return self._add_job(entry, sync)
+        backup = Backup(
+            self,
+            target,
+            sync=sync,
+            speed=speed,
+            on_cbw_error=on_cbw_error,
+            cbw_timeout=cbw_timeout,
+            overwrite=overwrite,
+        )
+        return backup_group([backup], quiesce=quiesce)[0]
 
     def snapshot(
         self,
@@ -301,22 +323,15 @@ class Coordinator:
         on_cbw_error: str = "break-snapshot",
         cbw_timeout: float = 30.0,
         overwrite: bool = False,
+        quiesce: Quiesce | None = None,
     ) -> CoordinatorSnapshot:
         """Take a snapshot without background copying: old content goes to
         ``SCRATCH.shmcbw-partial``, removed at the end.
 
         Parameters and errors as for `backup`.
         """
-        entry = self._take_snapshot(scratch, "none", 0, on_cbw_error, cbw_timeout, overwrite, job=False)
-        try:
-            snapshot = self._make_snapshot(entry)
-        except BaseException:
-            with self._lock:
-                self._release_entry(entry)
-            raise
-        with self._lock:
-            self._snapshots[entry.index] = snapshot
-        return snapshot
+        wanted = Scratch(self, scratch, on_cbw_error=on_cbw_error, cbw_timeout=cbw_timeout, overwrite=overwrite)
+        return snapshot_group([wanted], quiesce=quiesce)[0]
 
     @property
     def jobs(self) -> list[Job]:
@@ -330,18 +345,27 @@ class Coordinator:
         with self._lock:
             return list(self._snapshots.values())
 
-    def _add_job(self, entry: Entry, sync: str) -> Job:
-        job = Job(self, entry, f"backup{self._next_job}", sync)
-        self._next_job += 1
-        self._jobs[job.id] = job
-        concluded = [each for each in self._jobs.values() if each.status == jobs.CONCLUDED]
-        for old in concluded[:-JOBS_KEPT]:
-            del self._jobs[old.id]
-            self._finishing.pop(old.id, None)
-        job.move(jobs.RUNNING)
+    def add_job(self, entry: Entry, sync: str) -> Job:
+        """The job of a backup whose cut is taken."""
+        with self._lock:
+            job = Job(self, entry, f"backup{self._next_job}", sync)
+            self._next_job += 1
+            self._jobs[job.id] = job
+            concluded = [each for each in self._jobs.values() if each.status == jobs.CONCLUDED]
+            for old in concluded[:-JOBS_KEPT]:
+                del self._jobs[old.id]
+                self._finishing.pop(old.id, None)
+            job.move(jobs.RUNNING)
         # The workers may have finished before there was a job to look at.
         self._segment.wake_coordinator()
         return job
+
+    def add_snapshot(self, entry: Entry) -> CoordinatorSnapshot:
+        """The snapshot of a scratch whose cut is taken; what can't be opened raises, and changes nothing."""
+        snapshot = self._make_snapshot(entry)
+        with self._lock:
+            self._snapshots[entry.index] = snapshot
+        return snapshot
 
     def _make_snapshot(self, entry: Entry) -> CoordinatorSnapshot:
         image = ImageFile.open(self._image.path, writable=False)
@@ -353,36 +377,51 @@ class Coordinator:
             image.close()
             raise
 
-    def _take_snapshot(
-        self,
-        target: str | os.PathLike[str],
-        sync: str,
-        speed: int,
-        on_cbw_error: str,
-        cbw_timeout: float,
-        overwrite: bool,
-        *,
-        job: bool,
-    ) -> Entry:
-        if sync not in states.SYNCS:
-            raise ValueError(f"sync: {sync!r} is none of {', '.join(states.SYNCS)}")
-        if on_cbw_error not in states.POLICIES:
-            raise ValueError(f"on_cbw_error: {on_cbw_error!r} is none of {', '.join(states.POLICIES)}")
-        if not 0 <= speed < 1 << 62:
-            raise ValueError(f"speed: {speed} bytes a second is not in 0..2^62")
-        if not 0 <= cbw_timeout <= 1e9:
-            raise ValueError(f"cbw_timeout: {cbw_timeout} s is not in 0..1e9")
+    # -- how a cut is taken: the parts, for `take_group` --------------------------------------------------------------
+
+    @property
+    def lock(self) -> threading.RLock:
+        """Held for every change of the snapshot table; of several coordinators in the order of `segment_name`."""
+        return self._lock
+
+    @property
+    def segment(self) -> Segment:
+        return self._segment
+
+    @property
+    def drain_limit_s(self) -> float:
+        return self._drain_limit
+
+    @contextlib.contextmanager
+    def kept_open(self) -> Iterator[None]:
+        """Until this is left, `close` waits."""
         self._check_process()
         with self._lock:
-            self._check_open()
+            self._cutting += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._cutting -= 1
+                self._idle.notify_all()
+
+    def prepare(self, request: Request) -> Entry:
+        """Everything that can fail: the target, the bitmap, and every worker has opened the target.
+
+        Nothing has changed if it does.
+        """
+        self._check_process()
+        with self._lock:
+            self.check_open()
             index = self._free_index()
-            path = resolve(target)
+            path = resolve(request.target)
             serial = self._begin(index, path)
             file: TargetFile | None = None
             try:
-                file = TargetFile.create(path, self._image, overwrite=overwrite, full=job and sync != "none", named=job)
+                full = request.job and request.sync != "none"
+                file = TargetFile.create(path, self._image, overwrite=request.overwrite, full=full, named=request.job)
                 self._reach("target")
-                return self._publish(index, serial, file, sync, speed, on_cbw_error, cbw_timeout, job=job)
+                return Entry(index, serial, file, self._fill_entry(index, serial, file, request))
             except BaseException:
                 if file is not None:
                     file.remove()
@@ -390,49 +429,51 @@ class Coordinator:
                 self._free_entry(index, serial)
                 raise
 
+    def activate(self, entry: Entry, cut: Cut) -> None:
+        """The cut is taken.  The caller holds the lock."""
+        entry.cut = cut
+        self._entries[entry.index] = entry
+        self._pool.wake()
+
+    def discard(self, entry: Entry) -> None:
+        """There was no cut, or nobody wants it any more."""
+        with self._lock:
+            if not entry.released:
+                self._release_entry(entry)
+
     def _begin(self, index: int, path: str) -> int:
         """Say in the entry what is about to be made, so that a restarted coordinator can remove it: its serial."""
         segment = self._segment
         serial = segment.header(Header.next_serial)
         segment.set_header(Header.next_serial, serial % 0xFFFFFFFF + 1)
         segment.set_snapshot(index, Snapshot.serial, serial)
+        segment.set_snapshot(index, Snapshot.group, 0)
         place = segment.geometry.snapshot(index, Snapshot.target_path)
         segment.set_text(place, Snapshot.target_path, path + PARTIAL_SUFFIX)
         segment.set_snapshot(index, Snapshot.state, states.state_word(states.CREATING, 0))
         return serial
 
-    def _publish(
-        self,
-        index: int,
-        serial: int,
-        file: TargetFile,
-        sync: str,
-        speed: int,
-        on_cbw_error: str,
-        cbw_timeout: float,
-        *,
-        job: bool,
-    ) -> Entry:
-        """Everything that can fail, then the cut."""
+    def _fill_entry(self, index: int, serial: int, file: TargetFile, request: Request) -> Bitmap:
+        """Make the bitmap, fill in the entry, and wait until the workers have opened the target."""
         segment = self._segment
         bitmap = Bitmap.create(segment, serial, self._access)
         try:
             self._reach("bitmap")
             fields = {
-                Snapshot.policy: states.POLICIES[on_cbw_error],
+                Snapshot.policy: states.POLICIES[request.on_cbw_error],
                 # 0 means none: a tiny timeout is not that.
-                Snapshot.timeout_ns: math.ceil(cbw_timeout * 1e9),
-                Snapshot.sync: states.SYNCS[sync],
+                Snapshot.timeout_ns: math.ceil(request.cbw_timeout * 1e9),
+                Snapshot.sync: states.SYNCS[request.sync],
                 Snapshot.broken: 0,
                 Snapshot.broken_time_ns: 0,
                 Snapshot.background_error: 0,
-                Snapshot.background: int(sync != "none"),
+                Snapshot.background: int(request.sync != "none"),
                 Snapshot.cursor: 0,
-                Snapshot.speed: speed,
+                Snapshot.speed: request.speed,
                 Snapshot.budget_ns: time.monotonic_ns(),
                 Snapshot.target_device: file.identity.device,
                 Snapshot.target_inode: file.identity.inode,
-                Snapshot.job: int(job),
+                Snapshot.job: int(request.job),
                 Snapshot.overwrite: int(file.overwrite),
                 Snapshot.cut_time_ns: 0,
                 Snapshot.drained_ns: 0,
@@ -446,14 +487,10 @@ class Coordinator:
                 raise TargetRefusedError(
                     refusal, f"target {file.path}: a copy worker can't open it: {os.strerror(refusal)}"
                 )
-            cut = take_cut(segment, index, self._drain_limit)
         except BaseException:
             bitmap.close()
             raise
-        self._pool.wake()
-        entry = Entry(index, serial, file, bitmap, cut)
-        self._entries[index] = entry
-        return entry
+        return bitmap
 
     def _free_index(self) -> int:
         for index in range(SNAPSHOT_COUNT):
@@ -471,6 +508,7 @@ class Coordinator:
 
     def _release_entry(self, entry: Entry) -> None:
         self._entries.pop(entry.index, None)
+        entry.released = True
         # Before the entry is free: afterwards nobody would know of an unfinished file.
         if entry.target.working_path != entry.target.path:
             entry.target.remove()
@@ -644,12 +682,13 @@ class Coordinator:
         """Plain data: image, epoch, slots, workers, snapshots, jobs, counters."""
         self._check_process()
         with self._lock:
-            self._check_open()
+            self.check_open()
             status = describe_segment(self._segment, self.path)
             status["jobs"] = [_job_status(job) for job in self._jobs.values()]
         return status
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """ClosedError if it is closed, or being closed, or another process's."""
         self._check_process()
         if self._closed:
             raise ClosedError("the coordinator is closed")
@@ -673,6 +712,7 @@ class Coordinator:
             if self._closed:
                 return
             self._closed = True
+            self._idle.wait_for(lambda: not self._cutting)
         atexit.unregister(self.close)
         with contextlib.ExitStack() as stages:
             # In reverse: what is pushed last runs first.

@@ -1,32 +1,43 @@
-"""The cut: one instant between all writes.
+"""The cut: one instant between all writes, of one image or of a group of images.
 
     1  even epoch -> odd, with a deadline beside it           from here on no write begins to store (I5)
     2  wait until no slot is in flight                        dead owners are cleared by lock test
     3  publish: PREPARED -> ACTIVE by compare-and-swap        this is the cut
     4  odd -> next even by compare-and-swap, wake the gated
 
-What can fail was done before; the section does no input or output and no work proportional to the image.  At the
+Of a group each step is done for all images before the next one begins, so their cuts are one instant: the one at which
+all were quiet.  Between 3 and 4 one word decides that the group counts (`shmcbw.groups`).  If one publish fails, that
+word says so, and what was published is broken before its image opens.
+
+What can fail was done before; the section does no input or output and no work proportional to an image.  At the
 deadline the coordinator, or any gated writer, ends the section without a cut (`epochs.abandon`).
 """
 
 from __future__ import annotations
 
+import errno
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shmcbw import _core
 from shmcbw.epochs import EPOCH_MAX, abandon, advance, epoch
 from shmcbw.errors import CutAbandonedError, EpochsExhaustedError
 from shmcbw.failpoints import hit, index_of
+from shmcbw.groups import COMMITTED, FAILED, decide, enrol, group_of
 from shmcbw.layout import Header, Slot, Snapshot
 from shmcbw.segment import Segment
 from shmcbw.slots import reap_slot
-from shmcbw.snapshots import wake_all
+from shmcbw.snapshots import break_snapshot, wake_all
 from shmcbw.states import ACTIVE, PREPARED, state_word
 
 _LOOK_NS = 2_000_000
 _PREPARED, _ODD, _QUIET, _PUBLISHED, _EVEN = (
     index_of(f"coordinator.{step}") for step in ("prepared", "odd", "quiet", "published", "even")
+)
+_CLOSED_ONE, _PUBLISHED_ONE, _PUBLISHED_ALL, _DECIDED, _TOLD_ONE, _OPENED_ONE = (
+    index_of(f"coordinator.group_{step}")
+    for step in ("closed_one", "published_one", "published", "decided", "told_one", "opened_one")
 )
 
 
@@ -38,78 +49,162 @@ class Cut:
     drained_ns: int
 
 
-def take_cut(segment: Segment, index: int, limit_s: float) -> Cut:
-    """Publish the snapshot at `index`, which is PREPARING and has everything it needs.
+NO_CUT = Cut(0, 0)
+
+
+def take_cut(places: Sequence[tuple[Segment, int]], limit_s: float) -> Cut:
+    """Publish the snapshots at these places (segment, index), which are PREPARING and have everything they need.
 
     Blocks for at most ``limit_s``.  CutAbandonedError: the limit was reached, nothing has changed.
     """
+    return _Section(places).cut(limit_s)
+
+
+class _Section:
+    """The drained section of all images of a cut."""
+
+    def __init__(self, places: Sequence[tuple[Segment, int]]) -> None:
+        self._places = places
+        #: Each image once, whatever number of its snapshots are in the group, with its odd epoch.
+        self._odd = {segment: _next_odd(segment) for segment in dict.fromkeys(segment for segment, _ in places)}
+        self._published: list[tuple[Segment, int]] = []
+        self._holder: tuple[Segment, int] | None = None
+
+    def cut(self, limit_s: float) -> Cut:
+        if len(self._places) > 1:
+            enrol(self._places)
+        for segment, index in self._places:
+            segment.set_snapshot(index, Snapshot.cut_epoch, self._odd[segment])
+            segment.set_snapshot(index, Snapshot.state, state_word(PREPARED, self._odd[segment]))
+            hit(segment.failpoints, _PREPARED)
+        started = time.monotonic_ns()
+        taken = False
+        try:
+            self._close(started + int(limit_s * 1e9))
+            cut_time = time.time_ns()
+            taken = self._wait_quiet(started + int(limit_s * 1e9)) and self._publish() and self._decide(COMMITTED)
+        finally:
+            if not taken:
+                self._fail()
+            self._open()
+            drained_ns = time.monotonic_ns() - started
+            self._wake(taken=taken)
+        if not taken:
+            raise self._abandoned(limit_s)
+        for segment, index in self._places:
+            segment.set_snapshot(index, Snapshot.cut_time_ns, cut_time)
+            segment.set_snapshot(index, Snapshot.drained_ns, drained_ns)
+        return Cut(cut_time, drained_ns)
+
+    def _close(self, deadline: int) -> None:
+        for number, (segment, odd) in enumerate(self._odd.items()):
+            if number:
+                hit(segment.failpoints, _CLOSED_ONE)
+            # Before the odd epoch: whoever sees that one sees its deadline.
+            segment.set_header(Header.drain_deadline_ns, deadline)
+            advance(segment, odd - 1)
+            hit(segment.failpoints, _ODD)
+
+    def _wait_quiet(self, deadline: int) -> bool:
+        for segment in self._odd:
+            slot = _wait_quiet(segment, deadline)
+            if slot is not None:
+                self._holder = segment, slot
+                return False
+            hit(segment.failpoints, _QUIET)
+        return True
+
+    def _publish(self) -> bool:
+        for segment, index in self._places:
+            if self._published:
+                hit(segment.failpoints, _PUBLISHED_ONE)
+            odd = self._odd[segment]
+            if not segment.exchange_snapshot(index, Snapshot.state, state_word(PREPARED, odd), state_word(ACTIVE, odd)):
+                return False
+            self._published.append((segment, index))
+            hit(segment.failpoints, _PUBLISHED)
+        return True
+
+    def _decide(self, decision: int) -> bool:
+        """Of a group: the leader's word decides, then the others repeat it."""
+        leader, leader_index = self._places[0]
+        group = group_of(leader, leader_index)
+        if not group:
+            return decision == COMMITTED
+        if decision == COMMITTED:
+            hit(leader.failpoints, _PUBLISHED_ALL)
+        decided = decide(leader, leader_index, group, decision)
+        hit(leader.failpoints, _DECIDED)
+        for segment, index in self._places[1:]:
+            decide(segment, index, group, decided or FAILED)
+            hit(segment.failpoints, _TOLD_ONE)
+        return decided == COMMITTED
+
+    def _fail(self) -> None:
+        """Nothing of this cut counts; what was published is broken while its image is closed, as far as it still is."""
+        if self._decide(FAILED):
+            # Interrupted after it was decided: each of them is right, and the caller will let go of them.
+            return
+        for segment, index in self._published:
+            break_snapshot(segment, index, segment.snapshot(index, Snapshot.serial), errno.ECANCELED, 0)
+        for segment, odd in self._odd.items():
+            abandon(segment, odd)
+
+    def _open(self) -> None:
+        for number, (segment, odd) in enumerate(self._odd.items()):
+            if number:
+                hit(segment.failpoints, _OPENED_ONE)
+            advance(segment, odd)
+            hit(segment.failpoints, _EVEN)
+
+    def _wake(self, *, taken: bool) -> None:
+        for segment in self._odd:
+            wake_all(segment)
+            segment.count_header(Header.cuts if taken else Header.cuts_abandoned)
+
+    def _abandoned(self, limit_s: float) -> CutAbandonedError:
+        what = "no cut was taken"
+        if len(self._odd) > 1:
+            what += f" of any of {len(self._odd)} images"
+        if self._holder is None:
+            return CutAbandonedError(
+                f"{what}: the drained section lasted over its limit of {limit_s * 1000:.0f} ms, "
+                "and a waiting writer ended it"
+            )
+        segment, slot = self._holder
+        pid = segment.slot(slot, Slot.pid)
+        path = segment.text(Header.image_path.offset, Header.image_path)
+        return CutAbandonedError(
+            f"{what}: pid {pid} was in the middle of a write to {path} for {limit_s * 1000:.0f} ms", (pid,)
+        )
+
+
+def _next_odd(segment: Segment) -> int:
+    """The odd epoch of an image's next cut."""
     even = epoch(segment)
     if even % 2:
         abandon(segment, even)
         even = epoch(segment)
     if even >= EPOCH_MAX:
         raise EpochsExhaustedError("the image has had all the cuts that 32 bits can count")
-    odd = even + 1
-    segment.set_snapshot(index, Snapshot.cut_epoch, odd)
-    segment.set_snapshot(index, Snapshot.state, state_word(PREPARED, odd))
-    hit(segment.failpoints, _PREPARED)
-    started = time.monotonic_ns()
-    deadline = started + int(limit_s * 1e9)
-    # Before the odd epoch: whoever sees that one sees its deadline.
-    segment.set_header(Header.drain_deadline_ns, deadline)
-    advance(segment, even)
-    hit(segment.failpoints, _ODD)
-    cut_time = time.time_ns()
-    holder = _wait_quiet(segment, deadline)
-    hit(segment.failpoints, _QUIET)
-    published = holder is None and segment.exchange_snapshot(
-        index, Snapshot.state, state_word(PREPARED, odd), state_word(ACTIVE, odd)
-    )
-    if published:
-        hit(segment.failpoints, _PUBLISHED)
-        advance(segment, odd)
-        hit(segment.failpoints, _EVEN)
-    else:
-        abandon(segment, odd)
-    drained_ns = time.monotonic_ns() - started
-    wake_all(segment)
-    if not published:
-        segment.count_header(Header.cuts_abandoned)
-        raise _abandoned(segment, holder, limit_s)
-    segment.count_header(Header.cuts)
-    segment.set_snapshot(index, Snapshot.cut_time_ns, cut_time)
-    segment.set_snapshot(index, Snapshot.drained_ns, drained_ns)
-    return Cut(cut_time, drained_ns)
+    return even + 1
 
 
 def _wait_quiet(segment: Segment, deadline: int) -> int | None:
     """Wait until each slot was seen out of flight once; the slot that held us at the deadline, or None."""
     geometry = segment.geometry
-    slot: int | None = 0
-    while slot is not None:
-        left = deadline - time.monotonic_ns()
-        if left <= 0:
-            return slot
-        slot = _core.wait_quiet(
+    slot = 0
+    while True:
+        found = _core.wait_quiet(
             segment.memory,
             geometry.slot(0, Slot.in_flight),
             Slot.SIZE,
             geometry.slot_count,
             slot,
-            min(left, _LOOK_NS),
+            max(0, min(deadline - time.monotonic_ns(), _LOOK_NS)),
         )
-        if slot is not None:
-            reap_slot(segment, slot)
-    return None
-
-
-def _abandoned(segment: Segment, holder: int | None, limit_s: float) -> CutAbandonedError:
-    if holder is None:
-        return CutAbandonedError(
-            f"no cut was taken: the drained section lasted over its limit of {limit_s * 1000:.0f} ms, "
-            "and a waiting writer ended it"
-        )
-    pid = segment.slot(holder, Slot.pid)
-    return CutAbandonedError(
-        f"no cut was taken: pid {pid} was in the middle of a write for {limit_s * 1000:.0f} ms", (pid,)
-    )
+        if found is None:
+            return None
+        slot = found
+        if not reap_slot(segment, slot) and time.monotonic_ns() >= deadline:
+            return slot

@@ -40,6 +40,8 @@ PART = 20
 
 #: Reached only when a process fails or is late: their tests are those of the policies and of the cut.
 ELSEWHERE = {"break.error", "break.state", "gate.entries"}
+#: Those of groups: test_groups.py.
+ELSEWHERE |= {point.name for point in POINTS if point.name.startswith("coordinator.group_")}
 EVERYWHERE = [(point.name, action) for point in POINTS if point.name not in ELSEWHERE for action in ("kill", "stop")]
 if os.environ.get("SHMCBW_MATRIX") != "all":
     EVERYWHERE = sorted(random.Random(SEED).sample(EVERYWHERE, PART))

@@ -14,22 +14,12 @@ import pytest
 import shmcbw
 from shmcbw import _core
 from shmcbw.epochs import advance, epoch
-from shmcbw.layout import Header, Slot
+from shmcbw.layout import Header
 from shmcbw.workers import Coordinator
 from tests.conftest import wait_for
-from tests.processes import CONTEXT, running, write_forever
+from tests.processes import CONTEXT, hold_in_flight, running, write_forever
 
 SIZE = 1 << 20
-
-
-def hold_in_flight(path: str, ready: object) -> None:
-    """A writer that is stopped in the middle of a write: marked in flight, then SIGSTOP."""
-    disk = shmcbw.open(path)
-    assert disk._segment is not None
-    (slot,) = disk._slots
-    disk._segment.set_slot(slot, Slot.in_flight, 1)
-    os.kill(os.getpid(), signal.SIGSTOP)
-    disk._segment.set_slot(slot, Slot.in_flight, 0)
 
 
 def test_a_stopped_writer_in_flight_holds_no_cut_beyond_its_limit(
@@ -37,7 +27,7 @@ def test_a_stopped_writer_in_flight_holds_no_cut_beyond_its_limit(
 ) -> None:
     image = make_image(SIZE)
     with Coordinator(image, workers=1, drain_limit=0.2) as coordinator, shmcbw.open(image) as disk:
-        with running(hold_in_flight, str(image), None) as stopped:
+        with running(hold_in_flight, str(image)) as stopped:
             wait_for(lambda: any(s["in_flight"] for s in coordinator.status()["slots"]), "in flight")
             before = coordinator.status()
             started = time.monotonic()
@@ -59,7 +49,7 @@ def test_a_stopped_writer_in_flight_holds_no_cut_beyond_its_limit(
 def test_a_dead_writer_in_flight_does_not_hold_a_cut(make_image: Callable[..., Path], tmp_path: Path) -> None:
     image = make_image(SIZE)
     with Coordinator(image, workers=1, drain_limit=5) as coordinator:
-        with running(hold_in_flight, str(image), None) as writer:
+        with running(hold_in_flight, str(image)) as writer:
             wait_for(lambda: any(s["in_flight"] for s in coordinator.status()["slots"]), "in flight")
             os.kill(writer.pid or 0, signal.SIGKILL)
             writer.join()

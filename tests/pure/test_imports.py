@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 #: Each module imports only modules above it; cli and __main__ are the top layer and may import what runs.
 ORDER = [
     "errors", "clusters", "layout", "states", "sizes", "_core", "failpoints", "image", "segment",
-    "bitmap", "slots", "epochs", "points", "dirty",
+    "bitmap", "slots", "epochs", "points", "dirty", "groups",
     "snapshots", "filter", "status", "invariants", "doctor", "__init__", "cli", "__main__",
 ]  # fmt: skip
 TOP = {"cli", "__main__"}

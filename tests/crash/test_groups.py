@@ -1,0 +1,187 @@
+"""The coordinator of a group dies, or sleeps, at each step of its cut: all snapshots of the group count, or none does.
+
+Whoever adopts the images afterwards, in whatever order: what was published and not decided is dropped, what was decided
+goes on and is one instant.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+import shmcbw
+from shmcbw.invariants import check
+from shmcbw.workers import Coordinator
+from tests.conftest import wait_for
+from tests.owner import Owner
+from tests.processes import running, write_pairs_across_forever
+
+SIZE = 1 << 20
+OFFSETS = (0, 500_000)
+
+#: What the last step before the death decided.
+STEPS = {
+    "coordinator.prepared": False,
+    "coordinator.odd": False,
+    "coordinator.group_closed_one": False,
+    "coordinator.quiet": False,
+    "coordinator.group_published_one": False,
+    "coordinator.group_published": False,
+    "coordinator.group_decided": True,
+    "coordinator.group_told_one": True,
+    "coordinator.group_opened_one": True,
+    "coordinator.even": True,
+}
+
+
+class World:
+    """Two images, and processes that write pairs: first to the one, then to the other."""
+
+    def __init__(self, images: list[Path], targets: list[Path]) -> None:
+        self.images = images
+        self.targets = targets
+        self.disks: list[shmcbw.Disk] = []
+
+    def all_write(self) -> None:
+        """Writers are not held up beyond the cut's limit (2 s), whatever became of it."""
+        for disk in self.disks:
+            disk.pwrite(b"x", SIZE - 1)
+            assert disk.statistics()["wait_max_ns"] < 10e9
+
+
+@pytest.fixture
+def world(make_image: Callable[..., Path], tmp_path: Path) -> Iterator[World]:
+    images = [make_image(SIZE, "data.img"), make_image(SIZE, "log.img")]
+    for image in images:
+        with image.open("r+b") as file:
+            for offset in OFFSETS:
+                file.seek(offset)
+                file.write(bytes(8))
+    yield World(images, [tmp_path / "data.bak", tmp_path / "log.bak"])
+    # The coordinator closed before the writers were killed: the next one takes away what they left.
+    for image in images:
+        Coordinator(image, workers=1).close()
+
+
+def interrupted(world: World, stack: ExitStack, point: str, action: str) -> Owner:
+    """A coordinator of both images that comes to ``point`` in the middle of a group cut, while writers write."""
+    owner = Owner(*world.images, SHMCBW_FAILPOINTS=f"{point}={action}")
+    stack.callback(owner.end)
+    assert owner.answer() == {"ok": []}
+    world.disks = [stack.enter_context(shmcbw.open(image)) for image in world.images]
+    writers = [
+        stack.enter_context(running(write_pairs_across_forever, *map(str, world.images), offset)) for offset in OFFSETS
+    ]
+    counters = [disk.pread for disk in world.disks]
+    wait_for(lambda: all(any(pread(8, offset)) for pread in counters for offset in OFFSETS), "the writers write", 20)
+    owner.send(do="group", targets=[str(target) for target in world.targets])
+    assert len(writers) == len(OFFSETS)
+    return owner
+
+
+def is_one_instant(backups: list[Path]) -> bool:
+    first, second = (backup.read_bytes() for backup in backups)
+    for offset in OFFSETS:
+        one, other = (int.from_bytes(data[offset : offset + 8], "little") for data in (first, second))
+        if one not in (other, other + 1):
+            return False
+    return True
+
+
+def finish(image: Path, killed_at: str | None = None) -> list[str]:
+    """Adopt one image, bring its jobs to their end, and close: the targets."""
+    if killed_at is not None:
+        owner = Owner(image, SHMCBW_FAILPOINTS=f"{killed_at}=kill")
+        try:
+            assert owner.answer() is None
+        finally:
+            owner.end()
+    with Coordinator(image, workers=1) as coordinator:
+        targets = [job.target for job in coordinator.jobs]
+        for job in coordinator.jobs:
+            job.wait(30)
+        assert coordinator.status()["snapshots"] == []
+        # Its entry is used again: nothing there tells of the group any more.
+        coordinator.snapshot(image.with_suffix(".scratch")).close()
+        assert check(coordinator.segment) == []
+    return targets
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["leader-first", "leader-last"])
+@pytest.mark.parametrize("point", STEPS)
+def test_a_coordinator_killed_in_a_group_cut_leaves_all_of_it_or_nothing(
+    world: World, point: str, order: tuple[int, int]
+) -> None:
+    """Each image is adopted, and its backup finished and forgotten, before the other is."""
+    with ExitStack() as stack:
+        owner = interrupted(world, stack, point, "kill")
+        assert owner.answer() is None
+        world.all_write()
+        adopted = [finish(world.images[number], None) for number in order]
+        expected = [[str(world.targets[number])] for number in order] if STEPS[point] else [[], []]
+        assert adopted == expected
+        world.all_write()
+    assert [target.exists() for target in world.targets] == [STEPS[point]] * 2
+    if STEPS[point]:
+        assert is_one_instant(world.targets)
+    left = {path.name for path in world.targets[0].parent.iterdir()}
+    assert left <= {"data.img", "log.img", "data.bak", "log.bak"}
+
+
+@pytest.mark.parametrize("decided", [False, True])
+@pytest.mark.parametrize("point", ["adopt.locked", "adopt.groups", "adopt.entry"])
+def test_an_adopter_killed_over_it_changes_nothing_about_the_group(world: World, point: str, decided: bool) -> None:
+    step = "coordinator.group_decided" if decided else "coordinator.group_published"
+    with ExitStack() as stack:
+        assert interrupted(world, stack, step, "kill").answer() is None
+        adopted = [finish(image, killed_at=point) for image in world.images]
+    assert adopted == ([[str(target)] for target in world.targets] if decided else [[], []])
+    assert not decided or is_one_instant(world.targets)
+
+
+@pytest.mark.parametrize("decided", [False, True])
+def test_one_coordinator_adopts_the_whole_group(world: World, decided: bool) -> None:
+    step = "coordinator.group_decided" if decided else "coordinator.group_published"
+    with ExitStack() as stack:
+        assert interrupted(world, stack, step, "kill").answer() is None
+        owner = Owner(*world.images)
+        stack.callback(owner.end)
+        expected = [str(target) for target in world.targets] if decided else []
+        assert owner.answer() == {"ok": expected}
+        assert owner.ask(do="wait") == owner.ask(do="close") == {"ok": None}
+    assert not decided or is_one_instant(world.targets)
+
+
+@pytest.mark.parametrize(
+    ("point", "taken"),
+    [
+        ("coordinator.group_closed_one", False),
+        ("coordinator.group_published_one", False),
+        ("coordinator.group_published", True),
+        ("coordinator.group_opened_one", True),
+    ],
+)
+def test_a_coordinator_that_sleeps_over_its_limit_hears_what_became_of_the_cut(
+    world: World, point: str, taken: bool
+) -> None:
+    """The writers end the drained sections by themselves; what was published before that stands only if all was."""
+    with ExitStack() as stack:
+        owner = interrupted(world, stack, point, "stop")
+        wait_for(lambda: Path(f"/proc/{owner.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T", "stopped")
+        world.all_write()
+        os.kill(owner.pid, signal.SIGCONT)
+        answer = owner.answer() or {}
+        assert ("ok" in answer) is taken, answer
+        assert taken or answer["error"] == "CutAbandonedError"
+        assert owner.ask(do="wait") == {"ok": None}
+        world.all_write()
+        assert owner.ask(do="close") == {"ok": None}
+    assert [target.exists() for target in world.targets] == [taken] * 2
+    assert not taken or is_one_instant(world.targets)
+    left = {path.name for path in world.targets[0].parent.iterdir()}
+    assert left <= {"data.img", "log.img", "data.bak", "log.bak"}
