@@ -88,6 +88,8 @@ POINTS = (
     Failpoint("coordinator.synced", "finish", "the target is synced"),
     Failpoint("coordinator.named", "finish", "the target has its name"),
     Failpoint("coordinator.freed", "finish", "the entry is FREE, its bitmap's name still there"),
+    Failpoint("journal.written", "journal", "the new journal is written under its temporary name"),
+    Failpoint("journal.renamed", "journal", "the new journal has taken the old one's place"),
     Failpoint("adopt.locked", "adoption", "the dead coordinator's lock is taken"),
     Failpoint("adopt.opened", "adoption", "the epoch is even"),
     Failpoint("adopt.claims", "adoption", "the claims of dead workers are returned"),

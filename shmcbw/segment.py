@@ -7,6 +7,7 @@ Names are made from the image's identity, so whoever may open an image finds its
     /shmcbw-<device>-<inode>.pool       semaphore: there is work
     /shmcbw-<device>-<inode>.s<slot>    semaphore: slot, look again
     /shmcbw-<device>-<inode>.c          semaphore: coordinator, look again
+    /shmcbw-<device>-<inode>.state      the coordinator's journal (workers/journal.py)
 
 Ownership is an open-file-description lock on one byte of the control segment: byte 0 the coordinator, byte w worker w,
 byte 256 + s slot s.  The kernel drops it when the last descriptor of that open file is closed, also at SIGKILL, so
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 SHM = "/dev/shm"
 COORDINATOR = 0
+JOURNAL_SUFFIX = ".state"
 UNFINISHED_S = 10.0
 _SEMAPHORE_FILE_BYTES = 32
 
@@ -486,10 +488,21 @@ def try_retire(segment: Segment) -> bool:
     return True
 
 
+def has_journal(segment: Segment) -> bool:
+    """Whether a coordinator has left something that is not in the segment's words (`workers/journal.py`)."""
+    try:
+        found = os.lstat(f"{SHM}{segment.name}{JOURNAL_SUFFIX}")
+    except FileNotFoundError:
+        return False
+    # Somebody else's file under the name keeps nothing alive.
+    return found.st_uid == os.fstat(segment.fd).st_uid
+
+
 def in_use(segment: Segment) -> bool:
-    """Whether a slot or a worker lives, or a snapshot waits for its coordinator's return."""
+    """Whether a slot or a worker lives, or a snapshot or a journal waits for its coordinator's return."""
     return (
-        any(segment.snapshot(index, Snapshot.state) & 0xFFFFFFFF for index in range(SNAPSHOT_COUNT))
+        has_journal(segment)
+        or any(segment.snapshot(index, Snapshot.state) & 0xFFFFFFFF for index in range(SNAPSHOT_COUNT))
         or worker_lives(segment)
         or any(segment.locked(slot_byte(slot)) for slot in range(segment.geometry.slot_count))
     )
@@ -581,8 +594,8 @@ def _send_workers_away(fd: int, name: str) -> None:
 def sweep() -> list[str]:
     """Remove segments of our own that nobody holds and nobody can need: the names of those.
 
-    Nobody holds it: all its locks are free.  Nobody can need it: it has no snapshot that a coordinator could go on
-    with, or its image is not there any more.
+    Nobody holds it: all its locks are free.  Nobody can need it: it has no snapshot and no journal that a coordinator
+    could go on with, or its image is not there any more.
     """
     removed = []
     for file in sorted(os.listdir(SHM)):
@@ -619,7 +632,7 @@ def _sweep_unfinished(identity: Identity) -> None:
 
 def _unneeded(segment: Segment) -> bool:
     states = [segment.snapshot(index, Snapshot.state) & 0xFFFFFFFF for index in range(SNAPSHOT_COUNT)]
-    if not any(states):
+    if not any(states) and not has_journal(segment):
         return segment.linked()
     try:
         there = Identity.of(os.stat(segment.text(Header.image_path.offset, Header.image_path)))

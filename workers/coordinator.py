@@ -59,6 +59,7 @@ from . import jobs
 from .cut import NO_CUT, Cut
 from .groups import Backup, Quiesce, Request, Scratch, backup_group, snapshot_group
 from .jobs import Job, Progress
+from .journal import Journal
 from .permissions import ImageLock
 from .pool import Pool, absolute
 from .targets import PARTIAL_SUFFIX, TargetFile, remove_unheld, resolve
@@ -186,6 +187,8 @@ class Coordinator:
             self._image.close()
             raise
         try:
+            #: What must outlive this coordinator and has no word in the segment.
+            self.journal = Journal(self._segment)
             self._segment.set_header(Header.coordinator_pid, self._pid)
             self._segment.set_header(Header.started_ns, time.time_ns())
             self._segment.set_text(Header.image_path.offset, Header.image_path, os.path.abspath(self.path))

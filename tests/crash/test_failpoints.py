@@ -38,8 +38,8 @@ FIRST, SECOND = 2 << 20, (2 << 20) + 300_000
 SEED = int(os.environ.get("SHMCBW_SEED", "1"))
 PART = 20
 
-#: Reached only when a process fails or is late: their tests are those of the policies and of the cut.
-ELSEWHERE = {"break.error", "break.state", "gate.entries"}
+#: Reached only when a process fails or is late: their tests are those of the policies, of the cut and of the journal.
+ELSEWHERE = {"break.error", "break.state", "gate.entries", "journal.written", "journal.renamed"}
 #: Those of groups: test_groups.py.
 ELSEWHERE |= {point.name for point in POINTS if point.name.startswith("coordinator.group_")}
 EVERYWHERE = [(point.name, action) for point in POINTS if point.name not in ELSEWHERE for action in ("kill", "stop")]
