@@ -11,10 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from shmcbw.errors import ShmcbwError
-from shmcbw.image import Identity
 from shmcbw.layout import Header
-from shmcbw.segment import COORDINATOR, attach_named
+from shmcbw.segment import COORDINATOR, _locked
 
 SHM = Path("/dev/shm")
 
@@ -23,20 +21,25 @@ def _names() -> set[str]:
     return {name for name in os.listdir(SHM) if "shmcbw" in name}
 
 
-def _of_others(name: str) -> bool:
-    """Whether a living process outside this test run owns the segment (other tests may run on this machine)."""
-    control = name.removeprefix("sem.").partition(".")[0]
+def _of_others(name: str, base: Path) -> bool:
+    """Whether the segment is another test run's on this machine, of whatever layout version: its image lies in that
+    one's directory, or a living process outside this run owns it."""
+    control = SHM / name.removeprefix("sem.").partition(".")[0]
     try:
-        device, inode = (int(part, 16) for part in control.split("-")[1:])
-        segment = attach_named(Identity(device, inode), os.geteuid())
-    except (OSError, ValueError, ShmcbwError):
+        with control.open("rb") as file:
+            header = file.read(Header.SIZE)
+            owned = _locked(file.fileno(), COORDINATOR)
+    except OSError:
         return False
-    try:
-        ours = {os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))}
-        owner = segment.header(Header.coordinator_pid)
-        return segment.locked(COORDINATOR) and owner not in ours
-    finally:
-        segment.close()
+    if len(header) < Header.SIZE:
+        return False
+    start = Header.image_path.offset
+    image = Path(os.fsdecode(header[start : start + Header.image_path.size].partition(b"\0")[0]))
+    if "pytest-of-" in str(image):
+        return base not in image.parents
+    ours = {os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))}
+    start = Header.coordinator_pid.offset
+    return owned and int.from_bytes(header[start : start + 4], "little") not in ours
 
 
 def _children() -> set[int]:
@@ -51,22 +54,22 @@ def _is_helper(process: psutil.Process) -> bool:
         return True
 
 
-def _new(names: set[str]) -> set[str]:
-    return {name for name in _names() - names if not _of_others(name)}
+def _new(names: set[str], base: Path) -> set[str]:
+    return {name for name in _names() - names if not _of_others(name, base)}
 
 
 @pytest.fixture(autouse=True)
-def _leaves_nothing_behind() -> Iterator[None]:
+def _leaves_nothing_behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Fail a test after which a segment, a semaphore or a process of ours is left; remove it for the next one."""
-    names, children = _names(), _children()
+    names, children, base = _names(), _children(), tmp_path_factory.getbasetemp()
     yield
     gc.collect()
     deadline = time.monotonic() + 10
-    left_names, left_children = _new(names), _children() - children
+    left_names, left_children = _new(names, base), _children() - children
     while (left_names or left_children) and time.monotonic() < deadline:
         time.sleep(0.02)
         # What was there all the time: names of other test runs on this machine come and go.
-        left_names, left_children = left_names & _new(names), left_children & _children()
+        left_names, left_children = left_names & _new(names, base), left_children & _children()
     for pid in left_children:
         try:
             psutil.Process(pid).kill()
