@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from .clusters import check_cluster_size
@@ -82,10 +83,12 @@ def parser() -> argparse.ArgumentParser:
     backup = commands.add_parser(
         "backup",
         help="back up an image; be its coordinator as long as that takes",
-        description="Take a point-in-time backup of IMAGE.  Writers (shmcbw.open) may attach while it runs.",
+        description="Take a point-in-time backup of IMAGE.  Writers (shmcbw.open) may attach while it runs.  "
+        "Of several images all backups show the same instant, or there is none.",
     )
     backup.add_argument("image", metavar="IMAGE")
     backup.add_argument("target", metavar="TARGET")
+    backup.add_argument("more", metavar="IMAGE TARGET", nargs="*", help="more images, in the same cut")
     backup.add_argument(
         "--sync", choices=("full", "top"), default="full", help="all of it, or only what is allocated (default full)"
     )
@@ -103,6 +106,10 @@ def parser() -> argparse.ArgumentParser:
         "--cbw-timeout", type=_seconds, default=30.0, metavar="S", help="longest wait of a write, 0: none (default 30)"
     )
     backup.add_argument("--overwrite", action="store_true", help="replace an existing TARGET of the same size")
+    backup.add_argument(
+        "--pre-cut", metavar="CMD", help="shell command that brings an application to rest; if it fails there is no cut"
+    )
+    backup.add_argument("--post-cut", metavar="CMD", help="shell command that lets it go on, also if there was no cut")
     backup.add_argument("--progress", choices=("auto", "never"), default="auto", help="progress bar (default auto)")
     backup.add_argument("--json", action="store_true", help="print one JSON object")
     backup.set_defaults(run=_backup)
@@ -177,63 +184,99 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _backup(options: argparse.Namespace) -> int:
+    if len(options.more) % 2:
+        print(f"shmcbw backup: {options.more[-1]} has no TARGET", file=sys.stderr)
+        return 2
+    names = [options.image, options.target, *options.more]
+    pairs = list(zip(names[::2], names[1::2], strict=True))
     try:
-        return _run_backup(options)
+        return _run_backup(options, pairs)
     except KeyboardInterrupt:
-        # Leaving the coordinator's block has cancelled it, wherever it was.
-        raise JobCancelledError(f"the backup to {options.target} was cancelled") from None
+        # Leaving the coordinators' block has cancelled it, wherever it was.
+        raise JobCancelledError(f"the backup to {', '.join(names[1::2])} was cancelled") from None
 
 
-def _run_backup(options: argparse.Namespace) -> int:
+def _run_backup(options: argparse.Namespace, pairs: Sequence[tuple[str, str]]) -> int:
     from .workers import Coordinator
+    from .workers.quiesce import QuiesceCommands
 
     # SIGTERM ends it as Ctrl-C does: cancelled, nothing left over.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
-    with Coordinator(
-        options.image, workers=options.workers, cluster_size=options.cluster_size, slots=options.slots
-    ) as coordinator:
+    quiesce = QuiesceCommands(options.pre_cut, options.post_cut)
+    with ExitStack() as stack:
+        coordinators = {
+            image: stack.enter_context(
+                Coordinator(image, workers=options.workers, cluster_size=options.cluster_size, slots=options.slots)
+            )
+            for image in dict.fromkeys(image for image, _ in pairs)
+        }
+        jobs = _adopted_or_new(coordinators, options, pairs, quiesce)
+        for job in jobs:
+            _follow(job, options)
+        for coordinator in coordinators.values():
+            for other in coordinator.jobs:
+                other.wait()
+        statuses = [coordinator.status() for coordinator in coordinators.values()]
+    if len(jobs) < len(pairs):
+        missing = [target for _, target in pairs if os.path.realpath(target) not in {job.target for job in jobs}]
+        raise ShmcbwError(
+            f"{', '.join(missing)}: not among the unfinished backups that went on: finished or failed before; "
+            "for one instant of all images take them anew"
+        )
+    targets = {job.target for job in jobs}
+    described = [each for status in statuses for each in status["jobs"] if each["target"] in targets]
+    if options.json:
+        print(json.dumps(described[0] if len(pairs) == 1 else {"jobs": described}))
+    for job in jobs if not options.json else []:
+        progress = job.progress()
+        print(
+            f"{job.target}: {format_size(progress.total_bytes)}, right as of the cut; writes were held for "
+            f"{format_ns(job.drained_ns)}\n"
+            f"copied in background {format_size(progress.copied_in_background_bytes)}, "
+            f"for writers {format_size(progress.copied_for_writers_bytes)}, zero {format_size(progress.zero_bytes)}, "
+            f"left out {format_size(progress.skipped_bytes)}"
+        )
+    if quiesce.failure is not None:
+        print(f"shmcbw backup: {quiesce.failure}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _adopted_or_new(
+    coordinators: dict[str, Any], options: argparse.Namespace, pairs: Sequence[tuple[str, str]], quiesce: Any
+) -> list[Job]:
+    """The same command after a kill goes on with the jobs that it had started, as many as there still are."""
+    from .workers import Backup, backup_group
+
+    unfinished: dict[str, Job] = {}
+    for coordinator in coordinators.values():
         for adopted in coordinator.jobs:
             cut = datetime.datetime.fromtimestamp(adopted.cut_time_ns / 1e9).astimezone().isoformat(" ", "seconds")
             print(
                 f"shmcbw backup: an unfinished backup to {adopted.target} goes on, with its cut of {cut}",
                 file=sys.stderr,
             )
-        job = _adopted_or_new(coordinator.jobs, options, coordinator)
-        _follow(job, options)
-        for other in coordinator.jobs:
-            other.wait()
-        status = coordinator.status()
-    described = next(each for each in status["jobs"] if each["id"] == job.id)
-    if options.json:
-        print(json.dumps(described))
-        return 0
-    progress = job.progress()
-    print(
-        f"{job.target}: {format_size(progress.total_bytes)}, right as of the cut; writes were held for "
-        f"{format_ns(job.drained_ns)}\n"
-        f"copied in background {format_size(progress.copied_in_background_bytes)}, "
-        f"for writers {format_size(progress.copied_for_writers_bytes)}, zero {format_size(progress.zero_bytes)}, "
-        f"left out {format_size(progress.skipped_bytes)}"
+            unfinished[adopted.target] = adopted
+    wanted = [os.path.realpath(target) for _, target in pairs]
+    found = [unfinished[target] for target in wanted if target in unfinished]
+    if found:
+        return found
+    return backup_group(
+        [
+            Backup(
+                coordinators[image],
+                target,
+                sync=options.sync,
+                speed=options.speed,
+                on_cbw_error=options.on_cbw_error,
+                cbw_timeout=options.cbw_timeout,
+                overwrite=options.overwrite,
+            )
+            for image, target in pairs
+        ],
+        quiesce=quiesce,
     )
-    return 0
-
-
-def _adopted_or_new(adopted: Sequence[Job], options: argparse.Namespace, coordinator: Any) -> Job:
-    """The same command after a kill goes on with the job that it had started."""
-    target = os.path.realpath(options.target)
-    for unfinished in adopted:
-        if unfinished.target == target:
-            return unfinished
-    job: Job = coordinator.backup(
-        options.target,
-        sync=options.sync,
-        speed=options.speed,
-        on_cbw_error=options.on_cbw_error,
-        cbw_timeout=options.cbw_timeout,
-        overwrite=options.overwrite,
-    )
-    return job
 
 
 def _follow(job: Job, options: argparse.Namespace) -> None:

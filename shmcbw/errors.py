@@ -28,6 +28,7 @@ __all__ = [
     "NoFreeSnapshotError",
     "OutOfRangeError",
     "PoolError",
+    "QuiesceError",
     "ReadOnlyImageError",
     "ShmcbwError",
     "SnapshotBrokenError",
@@ -161,6 +162,12 @@ class BitmapError(ShmcbwError, ValueError):
     """
 
     exit_status = 8
+
+
+class QuiesceError(ShmcbwError):
+    """The application could not be brought to rest for a cut; none was taken and nothing has changed."""
+
+    exit_status = 7
 
 
 class JobFailedError(ShmcbwError, OSError):

@@ -101,6 +101,46 @@ def test_the_same_command_after_a_kill_goes_on_and_ends_right(image: Path, tmp_p
     assert (tmp_path / "out").read_bytes() == image.read_bytes()
 
 
+def test_several_images_are_backed_up_in_one_cut(make_image: Callable[..., Path], tmp_path: Path) -> None:
+    images = [make_image(SIZE, f"{name}.img") for name in ("data", "log")]
+    targets = [tmp_path / "data.bak", tmp_path / "log.bak"]
+    found = run_json("backup", images[0], targets[0], images[1], targets[1])["jobs"]
+    assert [job["target"] for job in found] == [str(target) for target in targets]
+    assert found[0]["cut_time_ns"] == found[1]["cut_time_ns"]
+    for image, target in zip(images, targets, strict=True):
+        assert target.read_bytes() == image.read_bytes()
+    again = run("backup", images[0], tmp_path / "new", images[1], targets[1], status=4)
+    assert "overwrite" in again.stderr
+    assert not (tmp_path / "new").exists()
+
+
+def test_commands_run_around_the_cut_and_the_first_may_refuse_it(image: Path, tmp_path: Path) -> None:
+    log, out = tmp_path / "log", tmp_path / "out"
+    hooks = ("--pre-cut", f"echo before >> {log}", "--post-cut", f"echo after >> {log}")
+    assert run_json("backup", image, out, *hooks)["status"] == "concluded"
+    assert log.read_text() == "before\nafter\n"
+    refused = run("backup", image, tmp_path / "none", "--pre-cut", "exit 3", *hooks[2:], status=7)
+    assert "exit 3" in refused.stderr
+    assert "exit status 3" in refused.stderr
+    assert log.read_text() == "before\nafter\nafter\n"
+    assert not list(tmp_path.glob("none*"))
+    late = run("backup", image, tmp_path / "late", "--post-cut", "kill -9 $$", status=1)
+    assert "signal 9" in late.stderr
+    assert (tmp_path / "late").read_bytes() == image.read_bytes()
+
+
+def test_the_same_command_after_a_kill_goes_on_with_all_images(make_image: Callable[..., Path], tmp_path: Path) -> None:
+    images = [make_image(SIZE, f"{name}.img") for name in ("data", "log")]
+    arguments = [str(path) for image in images for path in (image, image.with_suffix(".bak"))]
+    with subprocess.Popen([*COMMAND, "backup", *arguments, "--speed", "1M"], stderr=subprocess.PIPE) as backup:
+        wait_for(lambda: [_cuts(image) for image in images] == [1, 1], "the cut is taken", 20)
+        backup.kill()
+    done = run("backup", *arguments, "--speed", "2M")
+    assert done.stderr.count("goes on") == 2
+    for image in images:
+        assert image.with_suffix(".bak").read_bytes() == image.read_bytes()
+
+
 def test_refused_targets_have_their_status_and_a_reason(image: Path, tmp_path: Path) -> None:
     assert "is the source" in run("backup", image, image, status=4).stderr
     (tmp_path / "out").write_bytes(b"")
@@ -125,6 +165,7 @@ def test_a_missing_image_is_named(tmp_path: Path) -> None:
         ("backup", "a", "b", "--workers", "0"),
         ("backup", "a", "b", "--cbw-timeout", "-1"),
         ("backup", "a", "b", "--sync", "none"),
+        ("backup", "a", "b", "c"),
         ("nonsense",),
     ],
 )

@@ -22,7 +22,7 @@ from shmcbw.workers.jobs import Job
 from tests import bank
 from tests.conftest import wait_for
 from tests.processes import CONTEXT, running
-from tools.examples.sqlite_vfs import ImageFormatError, ImageVfs, create, extract
+from tools.examples.sqlite_vfs import ImageFormatError, ImageVfs, at_rest, create, extract
 
 K = 1024
 TIMEOUT_S = 20.0
@@ -112,6 +112,24 @@ def test_every_backup_at_a_random_moment_is_right(image: Path, tmp_path: Path) -
 def finish(job: Job) -> None:
     job.set_speed(0)
     job.wait(TIMEOUT_S)
+
+
+def test_a_backup_of_an_application_at_rest_needs_no_journal(image: Path, tmp_path: Path) -> None:
+    vfs = ImageVfs()
+    taken: list[tuple[Path, list[int], list[int]]] = []
+    with served(image) as coordinator, team(image, SEED) as writers, closing(vfs.connect(image)) as connection:
+        for number in range(5):
+            backup = tmp_path / f"backup{number}.img"
+            at_least = writers.committed()
+            job = coordinator.backup(backup, speed=1, quiesce=at_rest(connection))
+            taken.append((backup, at_least, writers.begun()))
+            writers.wait_commits(5)
+            finish(job)
+    for backup, at_least, at_most in taken:
+        assert bank.books_in_backup(backup).faults(at_least, at_most) == []
+        alone = backup.with_suffix(".alone")
+        extract(backup, alone)
+        assert not alone.with_name(f"{alone.name}-journal").exists()
 
 
 def test_a_plain_copy_made_at_the_same_time_is_wrong(image: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ always been able to roll that back.  Nobody has to be stopped, and no checkpoint
     create("bank.img", database_capacity=1 << 30)              once
     with Coordinator("bank.img"): ...                          some process serves the image and takes backups
     vfs = ImageVfs(); connection = vfs.connect("bank.img")     each process that uses the database
+    coordinator.backup("backup.img", quiesce=at_rest(connection))    optional: between two transactions
     extract("backup.img", "bank.db")                           bank.db and bank.db-journal, for any SQLite
 
 The image, all numbers u64, little-endian; a size word is 0 for a file that does not exist, else its size plus 1:
@@ -39,7 +40,8 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Final
 
@@ -371,6 +373,20 @@ def _patience(timeout_s: float) -> Callable[[int], bool]:
 
 
 # -- restoring -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def at_rest(connection: apsw.Connection) -> Iterator[None]:
+    """Hold all writers between two transactions: given as `quiesce=` to a backup, that one needs no journal.
+
+    For who wants to read a backup as it is, or to have it end with a certain transaction.  It waits for the transaction
+    under way, and those that want to begin wait for the cut.
+    """
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    finally:
+        connection.execute("ROLLBACK")
 
 
 def extract(backup: str | os.PathLike[str], database: str | os.PathLike[str]) -> None:
