@@ -23,6 +23,7 @@ from .sizes import format_ns, format_size, parse_size
 
 if TYPE_CHECKING:
     from .workers import Job
+    from .workers.settings import ImageOption
 
 EPILOG = """\
 exit status: 0 done and right, 1 error, 2 usage, 3 coordinator or its shared memory, 4 target refused,
@@ -58,6 +59,21 @@ def _seconds(text: str) -> float:
     if not 0 <= value <= 1e9:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
     return value
+
+
+def _image(text: str) -> ImageOption:
+    from .workers.settings import ImageOption
+
+    return ImageOption(text)
+
+
+def _named_image(text: str) -> ImageOption:
+    from .workers.settings import ImageOption
+
+    try:
+        return ImageOption.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def parser() -> argparse.ArgumentParser:
@@ -113,6 +129,40 @@ def parser() -> argparse.ArgumentParser:
     backup.add_argument("--progress", choices=("auto", "never"), default="auto", help="progress bar (default auto)")
     backup.add_argument("--json", action="store_true", help="print one JSON object")
     backup.set_defaults(run=_backup)
+
+    serve = commands.add_parser(
+        "serve",
+        help="serve images until SIGTERM, driven over QMP",
+        description="Serve each IMAGE as a node and run backups on request over QMP (qmp-shell, shmcbw backup).",
+    )
+    serve.add_argument("images", metavar="IMAGE", nargs="*", type=_image, help="an image; its node is called like it")
+    serve.add_argument(
+        "--image",
+        dest="named",
+        metavar="filename=PATH,node-name=NAME",
+        action="append",
+        type=_named_image,
+        default=[],
+        help="an image with a node name of one's own",
+    )
+    serve.add_argument("--qmp", metavar="PATH", help="socket (default: qmp.sock in a runtime directory of our own)")
+    serve.add_argument("--name", metavar="NAME", help="what query-name answers")
+    serve.add_argument("--workers", type=_count, help="copy workers an image (default 2)")
+    serve.add_argument("--cluster-size", type=_cluster_size, metavar="SIZE", help="4K to 2M (default 64K)")
+    serve.add_argument("--slots", type=_count, metavar="N", help="writing threads at once (default 64)")
+    serve.add_argument("--state-dir", metavar="DIR", help="where persistent bitmaps are saved at shutdown")
+    serve.add_argument(
+        "--detach-jobs",
+        action="store_true",
+        default=None,
+        help="at the end leave jobs and snapshots to the next daemon, with their workers",
+    )
+    serve.add_argument("--config", metavar="FILE.toml", help="settings, named like these options; these win")
+    serve.add_argument("--log-level", choices=("debug", "info", "warning", "error"), help="default info")
+    serve.set_defaults(run=_serve)
+
+    reference = commands.add_parser("qmp-reference", help="print the reference of the QMP commands, in Markdown")
+    reference.set_defaults(run=_qmp_reference)
 
     status = commands.add_parser("status", help="what is going on, for one image or all")
     status.add_argument("image", metavar="IMAGE", nargs="?")
@@ -287,6 +337,28 @@ def _follow(job: Job, options: argparse.Namespace) -> None:
     from .workers.progress import follow
 
     follow(job)
+
+
+# -- serve -------------------------------------------------------------------------------------------------------------
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from .workers.daemon import serve
+    from .workers.settings import Options, read_config
+
+    settings = read_config(options.config) if options.config else Options()
+    names = ("qmp", "name", "workers", "cluster_size", "slots", "state_dir", "detach_jobs", "log_level")
+    given = {name: getattr(options, name) for name in names}
+    serve(settings.over({**given, "images": [*options.images, *options.named]}))
+    return 0
+
+
+def _qmp_reference(options: argparse.Namespace) -> int:
+    from .workers.qmp.schema import reference
+    from .workers.qmp.vocabulary import COMMANDS, EVENTS
+
+    print(reference(COMMANDS, EVENTS))
+    return 0
 
 
 # -- status, check -----------------------------------------------------------------------------------------------------

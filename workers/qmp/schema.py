@@ -13,8 +13,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from shmcbw.errors import ShmcbwError
 
-class QMPError(Exception):
+
+class QMPError(ShmcbwError):
     """A command is refused: error class and text of the reply."""
 
     def __init__(self, desc: str, error_class: str = "GenericError") -> None:

@@ -75,23 +75,29 @@ class Server:
         self._turn = asyncio.Lock()
         self._threads = ThreadPoolExecutor(max_workers=8, thread_name_prefix="shmcbw-qmp")
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._socket: socket.socket | None = None
         self._listener: asyncio.Server | None = None
         self._count = 0
         self._inode: tuple[int, int] = (0, 0)
 
-    async def start(self) -> None:
-        """Listen.  OSError: the path is in use by another daemon, too long, or can't be bound."""
-        self._loop = asyncio.get_running_loop()
-        listener = listen(self.path)
+    def bind(self) -> None:
+        """Take the path; clients may connect and wait.  OSError: it is another daemon's, too long, or can't be had."""
+        self._socket = listen(self.path)
         found = os.stat(self.path)
         self._inode = found.st_dev, found.st_ino
-        self._listener = await asyncio.start_unix_server(self._connected, sock=listener, limit=_READ_BYTES)
+
+    async def start(self) -> None:
+        """Take on clients."""
+        self._loop = asyncio.get_running_loop()
+        self._listener = await asyncio.start_unix_server(self._connected, sock=self._socket, limit=_READ_BYTES)
 
     async def close(self) -> None:
         """Stop listening, let the command that runs come to its end, and part from the clients."""
-        if self._listener is not None:
-            self._listener.close()
+        if self._socket is not None:
             remove_socket(self.path, self._inode)
+            if self._listener is not None:
+                self._listener.close()
+            self._socket.close()
         async with self._turn:
             pass
         clients = dict(self._clients)

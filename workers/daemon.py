@@ -1,0 +1,115 @@
+"""The daemon: serves images in the foreground and is driven over QMP.
+
+At the start: the socket is bound (a second daemon is told at once), the images are served, then clients are taken on
+and the daemon says that it is ready.  At the end: no new clients, the command that runs comes to its end, jobs are
+cancelled and snapshots dropped, the clients are let go.  With ``detach_jobs`` unfinished jobs and snapshots are left
+as they are, with the workers that serve them, as if the daemon had been killed: the next one goes on with them.  It
+reloads nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+
+from shmcbw import __version__
+
+from .coordinator import Coordinator
+from .nodes import Graph
+from .qmp import general, node_commands, own_commands
+from .qmp.desk import Desk
+from .qmp.server import Server, runtime_directory
+from .settings import Options
+
+log = logging.getLogger("shmcbw")
+
+
+class Daemon:
+    """One run of ``shmcbw serve``."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._path = os.path.abspath(options.qmp or os.path.join(runtime_directory(), "qmp.sock"))
+        self._graph = Graph(self._serve)
+        self._desk = Desk(self._graph, options.name, self._stop_soon)
+        for handlers in (general.HANDLERS, node_commands.HANDLERS, own_commands.HANDLERS):
+            self._desk.learn(handlers)
+        self._server = Server(self._path, f"shmcbw {__version__}", self._desk.execute)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._end: asyncio.Event | None = None
+        self._reason = ""
+
+    async def run(self) -> None:
+        """Serve until SIGTERM, SIGINT or ``quit``.  OSError, ShmcbwError: it could not start; nothing is left."""
+        loop = self._loop = asyncio.get_running_loop()
+        self._end = asyncio.Event()
+        self._server.bind()
+        for number, reason in ((signal.SIGTERM, "host-signal"), (signal.SIGINT, "host-signal")):
+            loop.add_signal_handler(number, self._stop, reason)
+        try:
+            # A thread: this may wait for processes, and a signal must be heard meanwhile.
+            await loop.run_in_executor(None, self._serve_images)
+            await self._server.start()
+            log.info("ready: %s, QMP on %s", self._served_text(), self._path)
+            notify("READY=1")
+            await self._end.wait()
+        finally:
+            notify("STOPPING=1")
+            if self._reason:
+                log.info("ending: %s", self._reason)
+                self._server.post("SHUTDOWN", {"guest": False, "reason": self._reason})
+            await self._server.close()
+            await loop.run_in_executor(None, self._graph.close)
+
+    def _serve_images(self) -> None:
+        for image in self._options.images:
+            if self._desk.stopping:
+                return
+            self._graph.serve_device(image.name(list(self._graph.nodes)), os.path.abspath(image.filename))
+
+    def _served_text(self) -> str:
+        names = [f"{served.coordinator.path} as {served.node.name}" for served, _ in self._graph.coordinators()]
+        return f"serving {', '.join(names)}" if names else "serving no image yet"
+
+    def _serve(self, path: str, node_name: str) -> Coordinator:
+        options = self._options
+        coordinator = Coordinator(path, workers=options.workers, cluster_size=options.cluster_size, slots=options.slots)
+        log.info("%s is served as node %s", path, node_name)
+        return coordinator
+
+    def _stop(self, reason: str) -> None:
+        """On the loop's thread."""
+        self._reason = self._reason or reason
+        self._desk.stopping = True
+        assert self._end is not None
+        self._end.set()
+
+    def _stop_soon(self, reason: str) -> None:
+        """From a command's thread."""
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self._stop, reason)
+
+
+def notify(state: str) -> None:
+    """Tell the service manager, where there is one (sd_notify: a datagram to ``$NOTIFY_SOCKET``)."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    name = "\0" + address[1:] if address.startswith("@") else address
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+        try:
+            sender.sendto(state.encode(), name)
+        except OSError as error:
+            log.warning("the service manager at %s is not told %s: %s", address, state, error.strerror)
+
+
+def serve(options: Options) -> None:
+    """Run a daemon to its end, in this process, with logging to stderr."""
+    logging.basicConfig(
+        stream=sys.stderr, level=options.log_level.upper(), format="shmcbw serve: %(levelname)s: %(message)s"
+    )
+    asyncio.run(Daemon(options).run())

@@ -1,0 +1,50 @@
+"""The desk: where a command finds what it works on.
+
+A handler is a function of the desk and the checked arguments; it returns what the reply carries or raises `QMPError`.
+It runs in a thread.  Handlers of commands that alter something have their turn one at a time (`server.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ..coordinator import Coordinator
+from ..jobs import Job
+from ..nodes import Graph, Served
+from .schema import QMPError
+
+Arguments = dict[str, Any]
+Handler = Callable[["Desk", Arguments], Any]
+
+
+class Desk:
+    """The daemon's nodes, its name, and the way to end it."""
+
+    def __init__(self, graph: Graph, name: str | None, stop: Callable[[str], None]) -> None:
+        self.graph = graph
+        self.name = name
+        #: Called with a reason: the daemon begins to end.
+        self.stop = stop
+        self.stopping = False
+        self._handlers: dict[str, Handler] = {}
+
+    def learn(self, handlers: dict[str, Handler]) -> None:
+        self._handlers.update(handlers)
+
+    def execute(self, name: str, arguments: Arguments) -> Any:
+        """Run a command whose arguments are checked."""
+        return self._handlers[name](self, arguments)
+
+    def image(self, name: str) -> Served:
+        """The image that a node names, which has to be served."""
+        found = self.graph.image_if_served(self.graph.find(name))
+        if found is None:
+            raise QMPError(f"node '{name}' is no image that is served")
+        return found
+
+    def jobs(self) -> Iterator[tuple[Coordinator, Job]]:
+        """All jobs, the oldest first."""
+        for _, coordinator in self.graph.coordinators():
+            for job in coordinator.jobs:
+                yield coordinator, job
