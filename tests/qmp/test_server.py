@@ -69,9 +69,15 @@ def test_negotiation_comes_first_and_once(shared: Monitored) -> None:
         ({"execute": "query-version", "bogus": 1}, "QMP input member 'bogus' is unexpected"),
         ({"exec-oob": "query-version"}, "QMP input member 'exec-oob' is unexpected"),
         ({"execute": "blockdev-del"}, "Parameter 'node-name' is missing"),
-        ({"execute": "blockdev-del", "arguments": {"node-name": 5}}, "Invalid parameter type for 'node-name', expected: string"),
+        (
+            {"execute": "blockdev-del", "arguments": {"node-name": 5}},
+            "Invalid parameter type for 'node-name', expected: string",
+        ),
         ({"execute": "transaction", "arguments": {"actions": [{}]}}, "Parameter 'actions[0].type' is missing"),
-        ({"execute": "transaction", "arguments": {"actions": [5]}}, "Invalid parameter type for 'actions[0]', expected: object"),
+        (
+            {"execute": "transaction", "arguments": {"actions": [5]}},
+            "Invalid parameter type for 'actions[0]', expected: object",
+        ),
         (
             {"execute": "transaction", "arguments": {"actions": [{"type": "weird"}]}},
             "Parameter 'type' does not accept value 'weird'",
@@ -89,7 +95,7 @@ def test_negotiation_comes_first_and_once(shared: Monitored) -> None:
             "Parameter 'granularity' expects uint32_t",
         ),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_request_is_refused_in_qemus_words(shared: Monitored, request_: Any, error: str) -> None:
     client = shared.connect()
     client.send(json.dumps(request_).encode())
@@ -316,9 +322,7 @@ def test_the_client_of_the_qemu_project_talks_to_it(daemon: Monitored, make_imag
 def test_qmp_shell_talks_to_it(daemon: Monitored, make_image: MakeImage) -> None:
     lines = f"blockdev-add driver=file node-name=n filename={make_image(1 << 20)}\nquery-named-block-nodes\nquit\n"
     shell = Path(sys.executable).with_name("qmp-shell")
-    found = subprocess.run(
-        [shell, str(daemon.path)], input=lines, capture_output=True, text=True, timeout=60, cwd=ROOT
-    )
+    found = subprocess.run([shell, str(daemon.path)], input=lines, capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert '"node-name": "n"' in found.stdout, found.stdout + found.stderr
     assert daemon.process.wait(30) == 0
 
@@ -328,14 +332,17 @@ def test_qmp_shell_talks_to_it(daemon: Monitored, make_image: MakeImage) -> None
 _PIECES = st.one_of(
     st.binary(max_size=300),
     st.text("{}[]:,\"'\\u0019eE+-.true nul", max_size=200).map(str.encode),
-    st.sampled_from([b"[" * 5000, b'{"a":' * 2000, b'"' + b"x" * 100_000, b"9" * 50_000, b"]" * 2000, b'{"execute":"qu']),
+    st.sampled_from(
+        [b"[" * 5000, b'{"a":' * 2000, b'"' + b"x" * 100_000, b"9" * 50_000, b"]" * 2000, b'{"execute":"qu']
+    ),
     st.sampled_from([command.name for command in COMMANDS if command.name not in ("quit",)]).map(
         lambda name: json.dumps({"execute": name, "arguments": {"node-name": "\0", "id": "x", "device": []}}).encode()
     ),
-    st.recursive(st.none() | st.integers() | st.text(max_size=20), lambda inner: st.lists(inner) | st.dictionaries(st.text(max_size=10), inner)).map(
-        lambda value: json.dumps({"execute": "blockdev-add", "arguments": value}).encode()
-    ),
-)  # fmt: skip
+    st.recursive(
+        st.none() | st.integers() | st.text(max_size=20),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(max_size=10), inner),
+    ).map(lambda value: json.dumps({"execute": "blockdev-add", "arguments": value}).encode()),
+)
 
 
 @pytest.fixture(scope="module")
