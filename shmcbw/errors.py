@@ -30,6 +30,7 @@ __all__ = [
     "PoolError",
     "QuiesceError",
     "ReadOnlyImageError",
+    "ResizeRefusedError",
     "ShmcbwError",
     "SnapshotBrokenError",
     "SnapshotInaccessibleError",
@@ -87,6 +88,10 @@ class ImageInUseError(ShmcbwError, BlockingIOError):
 
 class ReadOnlyImageError(ShmcbwError, PermissionError):
     """The image or the handle can't be written."""
+
+
+class ResizeRefusedError(ShmcbwError):
+    """The image can't be resized now, or not to that size; nothing was changed."""
 
 
 class NoFreeSlotError(ShmcbwError):

@@ -96,6 +96,10 @@ POINTS = (
     Failpoint("adopt.groups", "adoption", "groups are decided and the other members told"),
     Failpoint("adopt.entry", "adoption", "one snapshot is adopted"),
     Failpoint("adopt.generation", "adoption", "the pool's generation is raised"),
+    Failpoint("resize.announced", "resize", "the workers are gone, the new size is announced"),
+    Failpoint("resize.allocated", "resize", "the control segment is larger"),
+    Failpoint("resize.grown", "resize", "the image is larger"),
+    Failpoint("resize.committed", "resize", "the new size counts, it is still announced"),
     Failpoint("reader.looked", "read", "the cluster's byte was looked at"),
     Failpoint("reader.read", "read", "source or target was read, the second look not yet taken"),
 )

@@ -95,6 +95,8 @@ class Disk(_core.Filter):
     def __init__(self, path: str | os.PathLike[str], *, read_only: bool = False) -> None:
         self._image = ImageFile.open(path, writable=not read_only)
         self._mapping: mmap.mmap | None = None
+        #: Mappings of the size before a resize; calls that are inside use them.
+        self._former: list[mmap.mmap] = []
         self._segment: Segment | None = None
         self._bitmaps: dict[int, Bitmap] = {}
         self._lock = threading.RLock()
@@ -104,6 +106,7 @@ class Disk(_core.Filter):
         self._wait_max_ns = 0
         self._histogram = [0] * HISTOGRAM_COUNT
         self._closed = False
+        self._size_bytes = self._image.size_bytes
         try:
             self._attach()
             if not read_only:
@@ -121,7 +124,9 @@ class Disk(_core.Filter):
 
     @property
     def size_bytes(self) -> int:
-        return self._image.size_bytes
+        """Bytes of the image; follows a resize by its coordinator."""
+        self._follow_resize()
+        return self._size_bytes
 
     @property
     def cluster_size_bytes(self) -> int:
@@ -181,10 +186,9 @@ class Disk(_core.Filter):
                         errno.ENOENT, f"{self.path}: no coordinator serves this image (the last one ended or died)"
                     )
                 if not segment.header(Header.retired) and segment.linked():
-                    self._mapping = self._mapping or image.map()
                     self._setup(
                         segment.memory,
-                        self._mapping,
+                        self._map_image(segment.geometry.image_size),
                         image.fd,
                         image.writable,
                         segment.geometry.core_layout(),
@@ -192,6 +196,7 @@ class Disk(_core.Filter):
                         *segment.failpoints,
                     )
                     self._segment = segment
+                    self._size_bytes = segment.geometry.image_size
                     return
             except BaseException:
                 segment.close()
@@ -199,6 +204,32 @@ class Disk(_core.Filter):
             segment.close()
             time.sleep(_ATTACH_PAUSE_S)
         raise NoCoordinatorError(errno.EAGAIN, f"{self.path}: the coordinator is ending")
+
+    def _map_image(self, size_bytes: int) -> mmap.mmap:
+        """The mapping of the image at the size that its segment has; calls that are inside keep the one they use."""
+        if self._mapping is None or len(self._mapping) != size_bytes:
+            mapping = self._image.map(size_bytes)
+            if self._mapping is not None:
+                self._former.append(self._mapping)
+            self._mapping = mapping
+        return self._mapping
+
+    def _follow_resize(self) -> None:
+        """If the image has been resized since this handle looked last: be as large, too.
+
+        Nothing moves, so whoever does not look goes on as before: the clusters it can reach are the same ones.
+        """
+        with self._lock:
+            segment = self._segment
+            geometry = segment.larger_geometry() if segment is not None else None
+            if segment is None or geometry is None:
+                return
+            memory = segment.map_larger(geometry)
+            self._grow(memory, self._map_image(geometry.image_size), geometry.core_layout())
+            segment.follow(memory, geometry)
+            # Mapped anew, at the new length, when the next snapshot is seen.
+            self._forget_bitmaps()
+            self._size_bytes = geometry.image_size
 
     def _take_slot(self) -> None:
         """Give the calling thread a slot of its own."""
@@ -274,11 +305,14 @@ class Disk(_core.Filter):
             self._leave_gate(value)
         elif reason == _FAULT:
             raise self._fault(value, cluster)
+        elif value >= 1 << 63 or cluster >= 1 << 63:
+            raise OutOfRangeError(f"{self.path}: a negative or huge range: the image has {self._size_bytes} bytes")
         else:
-            where = (
-                f"{cluster} bytes at {value}" if value < 1 << 63 and cluster < 1 << 63 else "a negative or huge range"
-            )
-            raise OutOfRangeError(f"{self.path}: {where}: the image has {self.size_bytes} bytes")
+            self._follow_resize()
+            if value + cluster > self._size_bytes:
+                raise OutOfRangeError(
+                    f"{self.path}: {cluster} bytes at {value}: the image has {self._size_bytes} bytes"
+                )
 
     def _resolve_attach(self, *, for_writing: bool) -> None:
         if self._closed:
@@ -343,8 +377,8 @@ class Disk(_core.Filter):
     def _fault(self, offset: int, length: int) -> OSError:
         size = file_size(self._image.fd)
         what = f"{self.path}: {length} bytes at {offset}"
-        if size < self.size_bytes:
-            return OSError(errno.EIO, f"{what}: the image was truncated from {self.size_bytes} to {size} bytes")
+        if size < self._size_bytes:
+            return OSError(errno.EIO, f"{what}: the image was truncated from {self._size_bytes} to {size} bytes")
         if os.fstatvfs(self._image.fd).f_bavail == 0:
             return OSError(errno.ENOSPC, f"{what}: no space left to fill a hole of the image")
         return OSError(errno.EIO, f"{what}: a page of the image can't be read or written")
@@ -374,7 +408,8 @@ class Disk(_core.Filter):
                 leave_last(self._segment)
             self._leave_segment()
             if self._mapping is not None:
-                self._mapping.close()
+                for mapping in (self._mapping, *self._former):
+                    mapping.close()
                 self._mapping = None
             self._image.close()
 

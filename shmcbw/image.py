@@ -88,10 +88,10 @@ class ImageFile:
             os.close(fd)
             raise
 
-    def map(self) -> mmap.mmap:
-        """Map the whole image MAP_SHARED, writable if the image is."""
+    def map(self, size_bytes: int | None = None) -> mmap.mmap:
+        """Map the image MAP_SHARED, writable if the image is: the whole of it, or its first bytes."""
         access = mmap.PROT_READ | (mmap.PROT_WRITE if self.writable else 0)
-        return mmap.mmap(self.fd, self.size_bytes, mmap.MAP_SHARED, access)
+        return mmap.mmap(self.fd, self.size_bytes if size_bytes is None else size_bytes, mmap.MAP_SHARED, access)
 
     def close(self) -> None:
         if self.fd >= 0:

@@ -52,7 +52,7 @@ class Header:
     boot_id = Word(32, 16, "creator", "all", "the boot it was made in")
     image_device = Word(48, 8, "creator", "all", "identity of the image: st_dev, or st_rdev of a block device")
     image_inode = Word(56, 8, "creator", "all", "identity of the image: st_ino, 0 for a block device")
-    image_size = Word(64, 8, "creator", "all", "bytes")
+    image_size = Word(64, 8, "creator; coordinator lock", "all", "bytes; grows by a resize")
     cluster_size = Word(72, 4, "creator", "all", "bytes")
     slot_count = Word(76, 4, "creator", "all", "")
     worker_count = Word(80, 4, "creator", "all", "entries of the worker table; ids are 1..count")
@@ -69,6 +69,7 @@ class Header:
     image_birth_ns = Word(
         264, 8, "creator", "all", "when the image was made: inode numbers are used again.  0: unknown"
     )
+    resize_to = Word(272, 8, "coordinator lock", "all", "bytes that the image gets by a resize under way.  0: none is")
     image_path = Word(512, 3072, "coordinator lock", "status", "for messages, ends with NUL")
     failpoints = Word(3584, 8 * (1 + FAILPOINT_COUNT), "who arms; who acts counts down", "all", "`failpoints.py`")
 
@@ -177,6 +178,10 @@ class Geometry:
             raise ValueError(f"slots: {self.slot_count} is not in 1..{SLOT_COUNT_MAX}")
         if not WORKER_COUNT_MIN <= self.worker_count <= WORKER_ID_MAX:
             raise ValueError(f"workers: {self.worker_count} is not in {WORKER_COUNT_MIN}..{WORKER_ID_MAX}")
+
+    def resized(self, image_size: int) -> Geometry:
+        """The same segment for an image of another size (bytes): only the epoch map, at its end, differs."""
+        return Geometry(image_size, self.cluster_size, self.slot_count, self.worker_count)
 
     @property
     def clusters(self) -> int:

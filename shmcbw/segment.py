@@ -34,7 +34,7 @@ import posix_ipc
 
 from . import _core, failpoints
 from .errors import ForeignSegmentError, LayoutVersionError, NoCoordinatorError, ShmcbwError
-from .image import Identity, ImageFile
+from .image import Identity, ImageFile, file_size
 from .layout import MAGIC, SNAPSHOT_COUNT, VERSION, WORKER_ID_MAX, Geometry, Header, Snapshot, Word
 
 TYPE_CHECKING = False  # see failpoints.py
@@ -46,6 +46,7 @@ COORDINATOR = 0
 JOURNAL_SUFFIX = ".state"
 UNFINISHED_S = 10.0
 _SEMAPHORE_FILE_BYTES = 32
+_RESIZE_TRIES = 100
 
 
 def worker_byte(worker_id: int) -> int:
@@ -175,6 +176,8 @@ class Segment:
         self.identity = identity
         self._semaphores: dict[str, _core.Semaphore] = {}
         self.failpoints = failpoints.table(memory)
+        #: Mappings of the size before a resize; calls that are inside use them.
+        self._former: list[mmap.mmap] = []
         _segments.add(self)
 
     # -- words -----------------------------------------------------------------------------------------------------
@@ -258,6 +261,31 @@ class Segment:
         mine = os.fstat(self.fd)
         return (found.st_dev, found.st_ino) == (mine.st_dev, mine.st_ino)
 
+    # -- resize ----------------------------------------------------------------------------------------------------
+
+    def larger_geometry(self) -> Geometry | None:
+        """The geometry after a resize that this handle has not followed, or None."""
+        size_bytes = self.header(Header.image_size)
+        if size_bytes == self.geometry.image_size:
+            return None
+        try:
+            geometry = self.geometry.resized(size_bytes)
+        except ValueError as error:
+            raise ForeignSegmentError(errno.EINVAL, f"{SHM}{self.name}: {error}") from None
+        # The segment was made larger before the size was stored.
+        if size_bytes < self.geometry.image_size or os.fstat(self.fd).st_size < geometry.segment_size:
+            raise ForeignSegmentError(errno.EINVAL, f"{SHM}{self.name}: its header says {size_bytes} bytes of image")
+        return geometry
+
+    def map_larger(self, geometry: Geometry) -> mmap.mmap:
+        """A mapping of what a resize has made larger.  Nothing has moved: it shows the same pages as the old one."""
+        return _map(_lock_descriptor(self.fd), geometry.segment_size)
+
+    def follow(self, memory: mmap.mmap, geometry: Geometry) -> None:
+        """Use the larger mapping from now on; the old one stays for whoever is in it."""
+        self._former.append(self.memory)
+        self.memory, self.geometry = memory, geometry
+
     # -- waking ----------------------------------------------------------------------------------------------------
 
     def semaphore(self, suffix: str) -> _core.Semaphore:
@@ -293,10 +321,11 @@ class Segment:
             os.close(self.fd)
             self.fd = -1
         self._semaphores.clear()
-        try:
-            self.memory.close()
-        except BufferError:
-            pass
+        for memory in (self.memory, *self._former):
+            try:
+                memory.close()
+            except BufferError:
+                pass
 
     def __repr__(self) -> str:
         return f"<Segment {self.name} of {self.geometry.image_size} bytes>"
@@ -395,23 +424,37 @@ def attach(image: ImageFile) -> Segment:
 
     Checks owner, size, magic, layout version, boot and image identity before anything else is touched.  Raises
     NoCoordinatorError (there is none, or it is not finished), ForeignSegmentError, LayoutVersionError, and
-    StaleSegmentError: another boot, or an image that was replaced or resized since.
+    StaleSegmentError: another boot, or an image that was replaced, or resized by somebody else.  Sets the image's size.
     """
-    segment = attach_named(image.identity, image.owner)
-    size, birth = segment.geometry.image_size, segment.header(Header.image_birth_ns)
-    problem = ""
-    if size != image.size_bytes:
-        problem = f"an image of {size} bytes, the image has {image.size_bytes}"
-    elif birth != image.birth_ns:
-        problem = "another file, which had this file's inode number before"
-    if problem:
+    while True:
+        segment = attach_named(image.identity, image.owner)
+        sizes = segment.geometry.image_size, segment.header(Header.resize_to)
+        # After the two words: a resize stores the one, resizes the file, stores the other.
+        image.size_bytes = file_size(image.fd)
+        resized = sizes != (segment.header(Header.image_size), segment.header(Header.resize_to))
+        problem = ""
+        if image.size_bytes not in sizes:
+            problem = f"an image of {sizes[0]} bytes, the image has {image.size_bytes}"
+        elif segment.header(Header.image_birth_ns) != image.birth_ns:
+            problem = "another file, which had this file's inode number before"
+        if not problem:
+            return segment
         segment.close()
-        raise StaleSegmentError(f"{SHM}{segment.name} was made for {problem}")
-    return segment
+        if not resized:
+            raise StaleSegmentError(f"{SHM}{segment.name} was made for {problem}")
 
 
 def attach_named(identity: Identity, owner: int) -> Segment:
     """Attach to whatever image had this identity, `owner` being a uid that may own it beside us and root."""
+    for _ in range(_RESIZE_TRIES):
+        segment = _try_attach(identity, owner)
+        if segment is not None:
+            return segment
+    raise ForeignSegmentError(errno.EINVAL, f"{SHM}{segment_name(identity)} changes its size again and again")
+
+
+def _try_attach(identity: Identity, owner: int) -> Segment | None:
+    """Attach, or None: a resize was in the way."""
     name = segment_name(identity)
     try:
         fd = open_shared_memory(name)
@@ -426,7 +469,10 @@ def attach_named(identity: Identity, owner: int) -> Segment:
         if status.st_size < Header.SIZE:
             raise NoCoordinatorError(errno.EAGAIN, f"{SHM}{name} is not finished: its coordinator is starting, or died")
         memory = mmap.mmap(fd, status.st_size)
-        geometry = _check_header(memory, name, identity, status.st_size)
+        geometry = _check_header(memory, name, identity)
+        if not _check_size(fd, memory, name, geometry):
+            memory.close()
+            return None
         return Segment(name, _lock_descriptor(fd), memory, geometry, identity)
     except BaseException:
         if memory is not None:
@@ -436,7 +482,7 @@ def attach_named(identity: Identity, owner: int) -> Segment:
         os.close(fd)
 
 
-def _check_header(memory: mmap.mmap, name: str, identity: Identity, segment_bytes: int) -> Geometry:
+def _check_header(memory: mmap.mmap, name: str, identity: Identity) -> Geometry:
     def number(word: Word) -> int:
         load = _core.load_u32 if word.size == 4 else _core.load_u64
         return load(memory, word.offset)
@@ -453,7 +499,7 @@ def _check_header(memory: mmap.mmap, name: str, identity: Identity, segment_byte
     if (number(Header.image_device), number(Header.image_inode)) != (identity.device, identity.inode):
         raise StaleSegmentError(f"{SHM}{name} was made for another image")
     try:
-        geometry = Geometry(
+        return Geometry(
             number(Header.image_size),
             number(Header.cluster_size),
             number(Header.slot_count),
@@ -461,11 +507,27 @@ def _check_header(memory: mmap.mmap, name: str, identity: Identity, segment_byte
         )
     except ValueError as error:
         raise ForeignSegmentError(errno.EINVAL, f"{SHM}{name}: {error}") from None
-    if geometry.segment_size != segment_bytes:
-        raise ForeignSegmentError(
-            errno.EINVAL, f"{SHM}{name} has {segment_bytes} bytes, its header says {geometry.segment_size}"
-        )
-    return geometry
+
+
+def _check_size(fd: int, memory: mmap.mmap, name: str, geometry: Geometry) -> bool:
+    """Whether the segment is as large as its header says, also in the middle of a resize; False: that went on
+    meanwhile.  ForeignSegmentError if it is not.
+
+    A resize stores resize_to, makes the segment larger, stores image_size, and takes resize_to back.
+    """
+    expected = {geometry.segment_size}
+    resize_to = _core.load_u64(memory, Header.resize_to.offset)
+    if resize_to > geometry.image_size:
+        try:
+            expected.add(geometry.resized(resize_to).segment_size)
+        except ValueError as error:
+            raise ForeignSegmentError(errno.EINVAL, f"{SHM}{name}: resize: {error}") from None
+    found = os.fstat(fd).st_size
+    if found in expected and len(memory) >= geometry.segment_size:
+        return True
+    if found != len(memory) or _core.load_u64(memory, Header.image_size.offset) != geometry.image_size:
+        return False
+    raise ForeignSegmentError(errno.EINVAL, f"{SHM}{name} has {found} bytes, its header says {geometry.segment_size}")
 
 
 class StaleSegmentError(ShmcbwError):

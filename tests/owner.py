@@ -1,8 +1,8 @@
 """A coordinator in a process of its own, driven by lines of JSON: ``python -m tests.owner IMAGE [IMAGE...]``.
 
-Commands: {"do": "backup", "target"}, {"do": "snapshot", "scratch"}, {"do": "read"}, {"do": "wait"}, {"do": "drop"},
-{"do": "close"}, and with several images {"do": "group", "targets"}: the others then are about all of them.  Each is
-answered by {"ok": …} or {"error": type, "message": …}.  It may be killed at any moment.
+Commands: {"do": "backup", "target"}, {"do": "snapshot", "scratch"}, {"do": "read"}, {"do": "resize", "size"},
+{"do": "wait"}, {"do": "drop"}, {"do": "close"}, and with several images {"do": "group", "targets"}: the others then are
+about all of them.  Each is answered by {"ok": …} or {"error": type, "message": …}.  It may be killed at any moment.
 """
 
 from __future__ import annotations
@@ -100,6 +100,8 @@ def _do(coordinators: list[Coordinator], command: dict[str, Any]) -> Any:
     elif action == "drop":
         for snapshot in snapshots:
             snapshot.close()
+    elif action == "resize":
+        coordinators[0].resize(command["size"])
     elif action == "wait":
         for coordinator in coordinators:
             for job in coordinator.jobs:

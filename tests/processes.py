@@ -92,7 +92,7 @@ def stop_all(pids: list[int]) -> None:
         os.kill(pid, signal.SIGSTOP)
     for pid in pids:
         deadline = time.monotonic() + 5
-        while _state(pid) not in "TtZX":
+        while state(pid) not in "TtZX":
             assert time.monotonic() < deadline, f"pid {pid} does not stop"
             time.sleep(0.001)
 
@@ -102,6 +102,6 @@ def continue_all(pids: list[int]) -> None:
         os.kill(pid, signal.SIGCONT)
 
 
-def _state(pid: int) -> str:
+def state(pid: int) -> str:
     with open(f"/proc/{pid}/stat") as file:
         return file.read().rpartition(")")[2].split()[0]

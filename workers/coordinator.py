@@ -32,6 +32,7 @@ from shmcbw.errors import (
     LayoutVersionError,
     NoCoordinatorError,
     NoFreeSnapshotError,
+    ResizeRefusedError,
     ShmcbwError,
     TargetRefusedError,
 )
@@ -62,6 +63,7 @@ from .jobs import Job, Progress
 from .journal import Journal
 from .permissions import ImageLock
 from .pool import Pool, absolute
+from .resize import check_size, resize, settle
 from .targets import PARTIAL_SUFFIX, TargetFile, remove_unheld, resolve
 
 log = logging.getLogger("shmcbw")
@@ -220,6 +222,7 @@ class Coordinator:
             abandon(segment, epoch(segment))
             wake_all(segment)
         self._reach("opened", "adopt")
+        settle(segment, self._image)
         for slot in range(segment.geometry.slot_count):
             if segment.slot(slot, Slot.pid) and reap_slot(segment, slot):
                 segment.count_header(Header.slots_reaped)
@@ -678,6 +681,48 @@ class Coordinator:
                 self._release_entry(job._entry)
         finally:
             job.move(jobs.CONCLUDED)
+
+    # -- resize ----------------------------------------------------------------------------------------------------
+
+    def resize(self, size_bytes: int) -> None:
+        """Make the image larger; a block device must have been given its new size before.  To the same size: nothing.
+
+        Writers go on meanwhile.  Their handles are as large when they are next asked for their size, or for bytes
+        beyond their old end.  Blocks while the copy workers are replaced.
+
+        ResizeRefusedError: snapshots or jobs are active, or that size can't be.  ImageInUseError: a QEMU counts on the
+        image's size.  OSError: the file system or /dev/shm has no room.  Nothing has changed then.
+        """
+        self._check_process()
+        with self._lock:
+            self._check_open()
+            segment = self._segment
+            geometry = check_size(segment, self._image, size_bytes)
+            self._refuse_resize_beside_snapshots()
+            if size_bytes == segment.geometry.image_size:
+                return
+            try:
+                self._pool.stop()
+                if worker_lives(segment):
+                    raise ResizeRefusedError(
+                        f"{self.path}: can't be resized while a copy worker of an earlier coordinator lives"
+                    )
+                self._image_lock.hold_resize()
+                resize(segment, self._image, geometry)
+            finally:
+                self._image_lock.drop_resize()
+                self._pool.start()
+            log.info("%s has %d bytes now", self.path, size_bytes)
+
+    def _refuse_resize_beside_snapshots(self) -> None:
+        segment = self._segment
+        used = [index for index in range(SNAPSHOT_COUNT) if state_of(segment, index) != states.FREE]
+        if used:
+            targets = ", ".join(target_path(segment, index).removesuffix(PARTIAL_SUFFIX) for index in used)
+            raise ResizeRefusedError(
+                f"{self.path}: can't be resized while {len(used)} snapshots or jobs are active (to {targets}): "
+                "end them first"
+            )
 
     # -- what there is ---------------------------------------------------------------------------------------------
 

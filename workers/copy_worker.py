@@ -399,6 +399,8 @@ def main(arguments: list[str]) -> int:
     try:
         source = Source(path)
         segment = attach(source.file)
+        if source.size_bytes != segment.geometry.image_size:
+            raise ShmcbwError(f"{path} is being resized")
     except (ShmcbwError, OSError) as error:
         print(f"shmcbw copy worker {worker_id}: {error}", file=sys.stderr)
         return 1

@@ -88,11 +88,8 @@ class ImageLock:
         try:
             for byte in (*(DOES + bit for bit in OURS), *(BEARS_NOT + bit for bit in UNSHARED)):
                 self._set(byte, fcntl.F_RDLCK)
-            deadline = time.monotonic() + CONFLICT_S
-            while not shared_with_ours and (conflict := self._conflict(OURS, UNSHARED)) is not None:
-                if time.monotonic() > deadline:
-                    raise self._in_use(conflict, "can't be served")
-                time.sleep(_LOOK_S)
+            if not shared_with_ours:
+                self._wait_for_others(OURS, UNSHARED, "can't be served")
         except OSError as error:
             self.close()
             if isinstance(error, ImageInUseError):
@@ -105,14 +102,18 @@ class ImageLock:
             raise
 
     def hold_resize(self) -> None:
-        """Say that we resize; ImageInUseError if another process (a read-only export, say) counts on the size."""
+        """Say that we resize; ImageInUseError if another process (a read-only export, say) counts on the size.
+
+        Blocks for at most a second, as `take` does.
+        """
         if not self.held:
             return
         self._set(DOES + RESIZE, fcntl.F_RDLCK)
-        conflict = self._conflict((RESIZE,), ())
-        if conflict is not None:
+        try:
+            self._wait_for_others((RESIZE,), (), "can't be resized")
+        except BaseException:
             self.drop_resize()
-            raise self._in_use(conflict, "can't be resized")
+            raise
 
     def drop_resize(self) -> None:
         if self.held:
@@ -120,6 +121,14 @@ class ImageLock:
 
     def _set(self, byte: int, kind: int) -> None:
         fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, _flock(kind, byte))
+
+    def _wait_for_others(self, does: tuple[int, ...], unshared: tuple[int, ...], what: str) -> None:
+        """Who stands in the way may be dying, or be a tool that is done in a moment: a second, then ImageInUseError."""
+        deadline = time.monotonic() + CONFLICT_S
+        while (conflict := self._conflict(does, unshared)) is not None:
+            if time.monotonic() > deadline:
+                raise self._in_use(conflict, what)
+            time.sleep(_LOOK_S)
 
     def _conflict(self, does: tuple[int, ...], unshared: tuple[int, ...]) -> int | None:
         """The first byte of somebody else's that forbids what we do, or does what we don't bear."""

@@ -110,6 +110,10 @@ class Pool:
 
     def supervise(self) -> None:
         """Reap the dead, return their claims, wake who waited for them, and start others in their place."""
+        if len(self._processes) < self._count:
+            # Their start failed after a resize: tried again.
+            for worker_id in self._free_ids()[: self._count - len(self._processes)]:
+                self._spawn(worker_id)
         for worker_id, process in list(self._processes.items()):
             if process.poll() is None:
                 continue

@@ -32,7 +32,7 @@ enum reason {
     REASON_LATE = 3,      /* snapshot `index` still lacks `cluster` after its timeout */
     REASON_GATED = 4,     /* the epoch is still the odd `value` after a slice of waiting */
     REASON_FAULT = 5,     /* SIGBUS: value = offset, cluster = length; must raise */
-    REASON_RANGE = 6,     /* value = offset, cluster = length; must raise */
+    REASON_RANGE = 6,     /* value = offset, cluster = length; raises, or returns when the image has been resized */
 };
 
 /* shmcbw/failpoints.py has these first and in this order. */
@@ -71,6 +71,13 @@ struct detour {
     struct detour *next;
 };
 
+/* A mapping of the size before a resize, or the new one of the control segment: calls without the GIL may be in them,
+ * so they stay until the handle lets go of all of it. */
+struct kept_view {
+    Py_buffer view;
+    struct kept_view *next;
+};
+
 struct thread_slot {
     unsigned long thread;
     uint64_t index;
@@ -83,6 +90,7 @@ struct filter {
     PyObject_HEAD
     struct shared shared;
     Py_buffer image;
+    struct kept_view *kept;
     Py_buffer failpoints_view;
     word64 *failpoints; /* [0]: any armed; [1 + point] */
     int fd;
@@ -447,10 +455,10 @@ static int punch(int fd, uint64_t offset, uint64_t length)
 /* Step 6, the data.  Zeroes are a hole where the file can have one.  An unchanged write stores nothing: it is compared,
  * for its caller may be wrong.  Another writer's data, or a cut, can come between the call and this step, and data that
  * was equal then would be put back here without a copy and without a mark (the model shows it).  A difference makes it
- * an ordinary write. */
-static int store_data(struct filter *self, struct request *request)
+ * an ordinary write.  `image` was read with the GIL: a resize changes it meanwhile. */
+static int store_data(const struct filter *self, uint8_t *image, struct request *request)
 {
-    uint8_t *target = (uint8_t *)self->image.buf + request->offset;
+    uint8_t *target = image + request->offset;
     if (request->kind == KIND_UNCHANGED) {
         bool equal = false;
         int failed = guarded_is_equal(target, request->data, request->length, &equal);
@@ -500,7 +508,7 @@ static int try_write(struct filter *self, struct request *request)
         return resolve_write(self, REASON_ATTACH, 1, 0, 0);
     if (__builtin_expect(request->offset > shared->image_size || request->length > shared->image_size - request->offset,
                          0))
-        return refuse_write(self, REASON_RANGE, request->offset, request->length);
+        return resolve_write(self, REASON_RANGE, 0, request->offset, request->length);
     if (__builtin_expect(request->length == 0, 0))
         return 1;
 
@@ -545,12 +553,13 @@ static int try_write(struct filter *self, struct request *request)
     }
     /* The marks may not sink below the data: a writer that dies in the store has marked what it changed (I6). */
     atomic_thread_fence(memory_order_release);
+    uint8_t *image = self->image.buf;
     if (request->kind == KIND_ZEROES || request->length >= LONG_COPY_BYTES) {
         Py_BEGIN_ALLOW_THREADS
-        failed = store_data(self, request);        /* step 6 */
+        failed = store_data(self, image, request); /* step 6 */
         Py_END_ALLOW_THREADS
     } else {
-        failed = store_data(self, request);
+        failed = store_data(self, image, request);
     }
     reach(self, armed, WRITER_STORED);
     atomic_store_explicit(in_flight, 0, memory_order_release);
@@ -656,8 +665,9 @@ static int read_image(struct filter *self, uint8_t *to, uint64_t offset, uint64_
             return -1;
         }
     }
-    if (offset > self->shared.image_size || length > self->shared.image_size - offset)
-        return refuse(self, REASON_RANGE, offset, length);
+    while (offset > self->shared.image_size || length > self->shared.image_size - offset)
+        if (resolve(self, REASON_RANGE, 0, offset, length) != 0)
+            return -1;
     const uint8_t *from = (const uint8_t *)self->image.buf + offset;
     self->busy++;
     if (length >= LONG_COPY_BYTES) {
@@ -683,10 +693,13 @@ static PyObject *filter_pread(PyObject *object, PyObject *const *args, Py_ssize_
     if (!self->initialised || !self->open)
         if (resolve(self, REASON_ATTACH, 0, 0, 0) != 0)
             return NULL;
-    if (!self->initialised || length > self->shared.image_size) {
-        refuse(self, REASON_RANGE, offset, length);
+    if (!self->initialised) {
+        refuse(self, REASON_ATTACH, 0, 0);
         return NULL;
     }
+    while (length > self->shared.image_size)
+        if (resolve(self, REASON_RANGE, 0, offset, length) != 0)
+            return NULL;
     PyObject *bytes = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)length);
     if (bytes != NULL && read_image(self, (uint8_t *)PyBytes_AsString(bytes), offset, length) != 0)
         Py_CLEAR(bytes);
@@ -791,6 +804,12 @@ static void clear(struct filter *self)
     self->threads = NULL;
     self->thread_count = 0;
     shared_clear(&self->shared);
+    while (self->kept != NULL) {
+        struct kept_view *kept = self->kept;
+        self->kept = kept->next;
+        PyBuffer_Release(&kept->view);
+        PyMem_Free(kept);
+    }
     if (self->image.obj != NULL)
         PyBuffer_Release(&self->image);
     if (self->failpoints_view.obj != NULL)
@@ -893,6 +912,63 @@ static PyObject *filter_setup(PyObject *object, PyObject *args)
     Py_RETURN_NONE;
 }
 
+/* grow(segment, image, layout): the image was resized; both mappings are longer, and nothing has moved in them.
+ *
+ * Other threads may be inside without the GIL.  What they use then stays as it is: the old mapping of the segment, with
+ * all its words but the epoch map, and the old mapping of the image.  Both show the same pages as the new ones.  What
+ * changes here (size, epoch map, image) is used with the GIL held.  Bitmaps are as long as the image was: they are mapped
+ * anew when the next snapshot is seen. */
+static PyObject *filter_grow(PyObject *object, PyObject *args)
+{
+    struct filter *self = (struct filter *)object;
+    struct shared *shared = &self->shared, grown = {0};
+    PyObject *segment, *image, *layout;
+    struct kept_view *new_segment, *old_image;
+    Py_buffer view;
+
+    if (!PyArg_ParseTuple(args, "OOO:grow", &segment, &image, &layout))
+        return NULL;
+    if (!self->initialised)
+        return PyErr_Format(PyExc_ValueError, "grow: set up first");
+    if (!shared_init(&grown, segment, layout))
+        return NULL;
+    new_segment = PyMem_Calloc(1, sizeof *new_segment);
+    old_image = PyMem_Calloc(1, sizeof *old_image);
+    if (new_segment == NULL || old_image == NULL) {
+        PyErr_NoMemory();
+        goto failed;
+    }
+    if (!get_mapping(image, &view, self->writable))
+        goto failed;
+    if ((uint64_t)view.len != grown.image_size || grown.image_size < shared->image_size ||
+        grown.cluster_size != shared->cluster_size || grown.slot_count != shared->slot_count ||
+        grown.slots - (uint8_t *)grown.segment.buf != shared->slots - (uint8_t *)shared->segment.buf ||
+        grown.snapshots - (uint8_t *)grown.segment.buf != shared->snapshots - (uint8_t *)shared->segment.buf) {
+        PyErr_SetString(PyExc_ValueError, "grow: not the same image, or not larger");
+        PyBuffer_Release(&view);
+        goto failed;
+    }
+    for (uint64_t index = 0; index < SNAPSHOT_COUNT; index++)
+        shared_detach_bitmap(shared, index);
+    /* Buffers may be moved: they were asked for without a shape, which could point into them. */
+    new_segment->view = grown.segment;
+    old_image->view = self->image;
+    self->image = view;
+    new_segment->next = self->kept;
+    old_image->next = new_segment;
+    self->kept = old_image;
+    shared->epoch_map = grown.epoch_map;
+    shared->cluster_count = grown.cluster_count;
+    shared->image_size = grown.image_size;
+    Py_RETURN_NONE;
+
+failed:
+    PyMem_Free(new_segment);
+    PyMem_Free(old_image);
+    shared_clear(&grown);
+    return NULL;
+}
+
 static PyObject *filter_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
 {
     (void)args;
@@ -927,6 +1003,7 @@ static PyMethodDef filter_methods[] = {
     {"_unbind", filter_unbind, METH_O, NULL},
     {"_attach_bitmap", filter_attach_bitmap, METH_VARARGS, NULL},
     {"_detach_bitmap", filter_detach_bitmap, METH_O, NULL},
+    {"_grow", filter_grow, METH_VARARGS, NULL},
     {"_stop", filter_stop, METH_NOARGS, NULL},
     {"_defer_close", filter_defer_close, METH_NOARGS, NULL},
     {"_release", filter_release, METH_O, NULL},
