@@ -695,7 +695,7 @@ class Coordinator:
         """
         self._check_process()
         with self._lock:
-            self._check_open()
+            self.check_open()
             segment = self._segment
             geometry = check_size(segment, self._image, size_bytes)
             self._refuse_resize_beside_snapshots()
