@@ -137,9 +137,7 @@ class Snapshot:
     target_inode = Word(200, 8, "coordinator", "workers", "")
     job = Word(208, 4, "coordinator", "adopting coordinator", "0 none, 1 a backup job")
     overwrite = Word(212, 4, "coordinator", "adopting coordinator", "1: the finished target may replace another file")
-    group = Word(
-        216, 8, "compare-and-swap", "all", "group's id 62 bits | 1 undecided, 2 committed, 3 failed; 0: no group"
-    )
+    group = Word(216, 8, "compare-and-swap", "all", "id of the group 63 bits | 1: it is committed.  0: no group")
     group_device = Word(224, 8, "coordinator", "adopting coordinator", "where the group's leader is: image,")
     group_inode = Word(232, 8, "coordinator", "adopting coordinator", "")
     group_index = Word(240, 4, "coordinator", "adopting coordinator", "and entry of its table")

@@ -6,8 +6,8 @@
     4  odd -> next even by compare-and-swap, wake the gated
 
 Of a group each step is done for all images before the next one begins, so their cuts are one instant: the one at which
-all were quiet.  Between 3 and 4 one word decides that the group counts (`shmcbw.groups`).  If one publish fails, that
-word says so, and what was published is broken before its image opens.
+all were quiet.  Between 3 and 4 one word decides that the group counts (`shmcbw.groups`).  If one publish fails, what
+was published is broken before its image opens.
 
 What can fail was done before; the section does no input or output and no work proportional to an image.  At the
 deadline the coordinator, or any gated writer, ends the section without a cut (`epochs.abandon`).
@@ -24,7 +24,7 @@ from shmcbw import _core
 from shmcbw.epochs import EPOCH_MAX, abandon, advance, epoch
 from shmcbw.errors import CutAbandonedError, EpochsExhaustedError
 from shmcbw.failpoints import hit, index_of
-from shmcbw.groups import COMMITTED, FAILED, decide, enrol, group_of
+from shmcbw.groups import commit, counts, enrol, group_of
 from shmcbw.layout import Header, Slot, Snapshot
 from shmcbw.segment import Segment
 from shmcbw.slots import reap_slot
@@ -35,9 +35,9 @@ _LOOK_NS = 2_000_000
 _PREPARED, _ODD, _QUIET, _PUBLISHED, _EVEN = (
     index_of(f"coordinator.{step}") for step in ("prepared", "odd", "quiet", "published", "even")
 )
-_CLOSED_ONE, _PUBLISHED_ONE, _PUBLISHED_ALL, _DECIDED, _TOLD_ONE, _OPENED_ONE = (
+_CLOSED_ONE, _PUBLISHED_ONE, _PUBLISHED_ALL, _COMMITTED, _TOLD_ONE, _OPENED_ONE = (
     index_of(f"coordinator.group_{step}")
-    for step in ("closed_one", "published_one", "published", "decided", "told_one", "opened_one")
+    for step in ("closed_one", "published_one", "published", "committed", "told_one", "opened_one")
 )
 
 
@@ -82,7 +82,7 @@ class _Section:
         try:
             self._close(started + int(limit_s * 1e9))
             cut_time = time.time_ns()
-            taken = self._wait_quiet(started + int(limit_s * 1e9)) and self._publish() and self._decide(COMMITTED)
+            taken = self._wait_quiet(started + int(limit_s * 1e9)) and self._publish() and self._commit()
         finally:
             if not taken:
                 self._fail()
@@ -125,25 +125,23 @@ class _Section:
             hit(segment.failpoints, _PUBLISHED)
         return True
 
-    def _decide(self, decision: int) -> bool:
+    def _commit(self) -> bool:
         """Of a group: the leader's word decides, then the others repeat it."""
         leader, leader_index = self._places[0]
         group = group_of(leader, leader_index)
-        if not group:
-            return decision == COMMITTED
-        if decision == COMMITTED:
+        if group:
             hit(leader.failpoints, _PUBLISHED_ALL)
-        decided = decide(leader, leader_index, group, decision)
-        hit(leader.failpoints, _DECIDED)
-        for segment, index in self._places[1:]:
-            decide(segment, index, group, decided or FAILED)
-            hit(segment.failpoints, _TOLD_ONE)
-        return decided == COMMITTED
+            commit(leader, leader_index, group)
+            hit(leader.failpoints, _COMMITTED)
+            for segment, index in self._places[1:]:
+                commit(segment, index, group)
+                hit(segment.failpoints, _TOLD_ONE)
+        return counts(leader, leader_index)
 
     def _fail(self) -> None:
         """Nothing of this cut counts; what was published is broken while its image is closed, as far as it still is."""
-        if self._decide(FAILED):
-            # Interrupted after it was decided: each of them is right, and the caller will let go of them.
+        if len(self._places) > 1 and counts(*self._places[0]):
+            # Interrupted after the commit: all of it is right, and the caller will let go of it.
             return
         for segment, index in self._published:
             break_snapshot(segment, index, segment.snapshot(index, Snapshot.serial), errno.ECANCELED, 0)
