@@ -210,8 +210,9 @@ class DirtyBitmap:
         self.inconsistent = inconsistent
         #: What is in it beside the epochs; None: nothing.
         self.kept = kept
-        #: The id of the job that uses it.
+        #: Who uses it, and that job's bitmap-mode.
         self.user: str | None = None
+        self.mode: str | None = None
 
     # -- what it says ----------------------------------------------------------------------------------------------
 

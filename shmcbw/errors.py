@@ -11,6 +11,7 @@ import os
 
 __all__ = [
     "BitmapError",
+    "ChainError",
     "ClosedError",
     "CoordinatorRunningError",
     "CopyFailedError",
@@ -23,6 +24,7 @@ __all__ = [
     "JobCancelledError",
     "JobFailedError",
     "LayoutVersionError",
+    "ManifestError",
     "NoCoordinatorError",
     "NoFreeSlotError",
     "NoFreeSnapshotError",
@@ -35,6 +37,7 @@ __all__ = [
     "SnapshotBrokenError",
     "SnapshotInaccessibleError",
     "TargetRefusedError",
+    "VerificationError",
 ]
 
 
@@ -173,6 +176,31 @@ class QuiesceError(ShmcbwError):
     """The application could not be brought to rest for a cut; none was taken and nothing has changed."""
 
     exit_status = 7
+
+
+class ManifestError(ShmcbwError):
+    """A backup has no manifest, or one that is damaged or not its own: nothing can be said of the backup."""
+
+    exit_status = 9
+
+
+class ChainError(ShmcbwError):
+    """Increments do not follow each other, or their base: they can't be restored together."""
+
+    exit_status = 10
+
+
+class VerificationError(ShmcbwError):
+    """A backup is not what was written: clusters differ from their checksums.
+
+    ``extents`` are the (offset, length) of what differs, in bytes.
+    """
+
+    exit_status = 11
+
+    def __init__(self, message: str, extents: tuple[tuple[int, int], ...] = ()) -> None:
+        super().__init__(message)
+        self.extents = extents
 
 
 class JobFailedError(ShmcbwError, OSError):

@@ -122,7 +122,7 @@ class Snapshot:
     serial = Word(8, 4, "coordinator", "all", "names the bitmap's segment; never the same twice in a row")
     policy = Word(12, 4, "coordinator", "writers", "on_cbw_error: 0 break-snapshot, 1 break-guest-write")
     timeout_ns = Word(16, 8, "coordinator", "writers", "cbw_timeout, 0: none")
-    sync = Word(24, 4, "coordinator", "workers", "0 full, 1 top, 2 none")
+    sync = Word(24, 4, "coordinator", "workers", "0 full, 1 top, 2 none, 3 bitmap")
     cut_epoch = Word(32, 4, "coordinator", "status", "the odd epoch of the cut")
     cut_time_ns = Word(40, 8, "coordinator", "status", "wall clock")
     drained_ns = Word(48, 8, "coordinator", "status", "length of the drained section")
@@ -142,6 +142,8 @@ class Snapshot:
     group_inode = Word(232, 8, "coordinator", "adopting coordinator", "")
     group_index = Word(240, 4, "coordinator", "adopting coordinator", "and entry of its table")
     group_count = Word(244, 4, "coordinator", "adopting coordinator", "leader: members, itself among them")
+    manifest = Word(256, 4, "coordinator", "workers", "1: checksums go to the manifest beside the target")
+    in_place = Word(260, 4, "coordinator", "workers", "1: the target was there before: zeroes are punched into it")
     target_path = Word(512, PATH_SIZE, "coordinator", "workers", "where the data goes, ends with NUL")
     group_members = Word(
         4608, 24 * GROUP_MEMBERS_MAX, "coordinator", "adopting coordinator", "leader: device 8, inode 8, entry 8 each"

@@ -42,7 +42,9 @@ POLICIES = {"break-snapshot": BREAK_SNAPSHOT, "break-guest-write": BREAK_GUEST_W
 SYNC_FULL = 0
 SYNC_TOP = 1
 SYNC_NONE = 2
-SYNCS = {"full": SYNC_FULL, "top": SYNC_TOP, "none": SYNC_NONE}
+SYNC_BITMAP = 3
+#: The first name of a value is the one that it is read back as.
+SYNCS = {"full": SYNC_FULL, "top": SYNC_TOP, "none": SYNC_NONE, "bitmap": SYNC_BITMAP, "incremental": SYNC_BITMAP}
 
 
 def state_word(state: int, odd_epoch: int) -> int:

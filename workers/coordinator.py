@@ -17,7 +17,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -25,6 +25,7 @@ from typing import Any
 from shmcbw import _core, states
 from shmcbw.bitmap import COPIED, COPIED_FOR_WRITER, SKIPPED, ZERO, Bitmap, bitmap_serials
 from shmcbw.clusters import CLUSTER_SIZE_DEFAULT, check_cluster_size
+from shmcbw.dirty import DirtyBitmap
 from shmcbw.epochs import abandon, epoch
 from shmcbw.errors import (
     ClosedError,
@@ -57,13 +58,17 @@ from shmcbw.snapshots import SnapshotReader, break_snapshot, broken_error, state
 from shmcbw.status import describe_segment
 
 from . import jobs
+from .bitmaps import Bitmaps
 from .cut import NO_CUT, Cut
+from .forward import ForwardFile
 from .groups import Backup, Quiesce, Request, Scratch, backup_group, snapshot_group
+from .increments import Increment
 from .jobs import Job, Progress
 from .journal import Journal
 from .permissions import ImageLock
 from .pool import Pool, absolute
 from .resize import check_size, resize, settle
+from .saved import SavedBitmaps
 from .targets import PARTIAL_SUFFIX, TargetFile, remove_unheld, resolve
 
 log = logging.getLogger("shmcbw")
@@ -85,6 +90,8 @@ class Entry:
     bitmap: Bitmap
     cut: Cut = NO_CUT
     released: bool = False
+    #: Its manifest and its bitmap; None if it has neither.
+    increment: Increment | None = None
 
 
 class CoordinatorSnapshot(SnapshotReader):
@@ -127,7 +134,8 @@ class Coordinator:
     image: path of the image.  workers: copy workers (1..239).  cluster_size: bytes, a power of two from 4 KiB to
     2 MiB (default 64 KiB).  slots: writing threads at once (default 64).  group: a group that may attach (mode 0660
     instead of 0600).  drain_limit: seconds that a cut may hold writes, then it is given up.  locking: QEMU's image lock
-    (`permissions.py`): "auto", "on" (fail where the file system has none), "off".
+    (`permissions.py`): "auto", "on" (fail where the file system has none), "off".  state_dir: where persistent bitmaps
+    are while nobody serves the image (`saved.py`).
 
     CoordinatorRunningError: the image has a coordinator.  ImageInUseError: a QEMU has it.  ForeignSegmentError,
     LayoutVersionError: its shared memory belongs to somebody else.  ImageError, OSError: the image can't be served, or
@@ -146,6 +154,7 @@ class Coordinator:
         group: str | int | None = None,
         drain_limit: float = 0.1,
         locking: str = "auto",
+        state_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         if not 1 <= workers <= 239:
             raise ValueError(f"workers: {workers} is not in 1..239")
@@ -172,6 +181,8 @@ class Coordinator:
         # Absolute, once: the process may change its directory.
         self._image = ImageFile.open(absolute(image), writable=False)
         self._image_lock = ImageLock(self._image, locking)
+        self._saved = SavedBitmaps(state_dir, self._image, self.path) if state_dir is not None else None
+        self._loaded: dict[str, DirtyBitmap] = {}
         for name in sweep():
             log.info("removed %s, which nobody used any more", name)
         try:
@@ -182,7 +193,7 @@ class Coordinator:
                 max(workers, WORKER_COUNT_MIN),
             )
             self._segment, adopted = _own_segment(
-                self._image, self._image_lock, geometry, self._access, cluster_size, slots
+                self._image, self._image_lock, self._take_image, geometry, self._access, cluster_size, slots
             )
         except BaseException:
             self._image_lock.close()
@@ -194,6 +205,17 @@ class Coordinator:
             self._segment.set_header(Header.coordinator_pid, self._pid)
             self._segment.set_header(Header.started_ns, time.time_ns())
             self._segment.set_text(Header.image_path.offset, Header.image_path, os.path.abspath(self.path))
+            #: The image's dirty bitmaps.
+            if adopted and self._saved is not None:
+                self._loaded = self._saved.load()
+            self.bitmaps = Bitmaps(
+                self._segment,
+                self.journal,
+                self._lock,
+                drain_limit,
+                self._saved,
+                self._loaded if self._saved is not None else None,
+            )
             self._pool = Pool(
                 self._segment,
                 self._image.path,
@@ -211,6 +233,13 @@ class Coordinator:
             self._leave_segment()
             self._image.close()
             raise
+
+    def _take_image(self) -> None:
+        """Before anybody can attach: the image is ours, and what was saved of its bitmaps is marked in use."""
+        self._image_lock.take()
+        if self._saved is not None:
+            self._loaded = self._saved.load()
+            self._saved.mark(None, self._loaded)
 
     # -- adoption --------------------------------------------------------------------------------------------------
 
@@ -235,7 +264,8 @@ class Coordinator:
         for index in used:
             state = state_of(segment, index)
             if state == states.CREATING:
-                remove_unheld(target_path(segment, index))
+                in_place = bool(segment.snapshot(index, Snapshot.in_place))
+                remove_unheld(target_path(segment, index), keep_target=in_place)
                 self._free_entry(index, segment.snapshot(index, Snapshot.serial))
                 continue
             entry = self._adopt_entry(index)
@@ -255,6 +285,7 @@ class Coordinator:
                 else:
                     self.add_snapshot(entry)
             self._reach("entry", "adopt")
+        self.bitmaps.release_all_but({str(entry.serial) for entry in self._entries.values()})
         self._unlink_strays()
 
     def _unlink_strays(self) -> None:
@@ -272,8 +303,13 @@ class Coordinator:
             segment.snapshot(index, Snapshot.target_device), segment.snapshot(index, Snapshot.target_inode)
         )
         try:
-            overwrite = bool(segment.snapshot(index, Snapshot.overwrite))
-            target = TargetFile.adopt(target_path(segment, index), identity, overwrite=overwrite)
+            kind = ForwardFile if segment.snapshot(index, Snapshot.in_place) else TargetFile
+            target = kind.adopt(
+                target_path(segment, index),
+                identity,
+                overwrite=bool(segment.snapshot(index, Snapshot.overwrite)),
+                manifest=bool(segment.snapshot(index, Snapshot.manifest)),
+            )
             if target is None:
                 log.error("the target %s of an unfinished snapshot is gone: dropped", target_path(segment, index))
                 return None
@@ -282,7 +318,7 @@ class Coordinator:
             log.error("an unfinished snapshot can't be adopted: %s", error)
             return None
         cut = Cut(segment.snapshot(index, Snapshot.cut_time_ns), segment.snapshot(index, Snapshot.drained_ns))
-        return Entry(index, serial, target, bitmap, cut)
+        return Entry(index, serial, target, bitmap, cut, increment=Increment.adopt(self.bitmaps, segment, index))
 
     def _reach(self, step: str, protocol: str = "coordinator") -> None:
         hit(self._segment.failpoints, index_of(f"{protocol}.{step}"))
@@ -298,18 +334,27 @@ class Coordinator:
         on_cbw_error: str = "break-snapshot",
         cbw_timeout: float = 30.0,
         overwrite: bool = False,
+        bitmap: str | None = None,
+        bitmap_mode: str | None = None,
+        in_place: bool = False,
+        manifest: bool = False,
         quiesce: Quiesce | None = None,
     ) -> Job:
         """Start a backup; returns when the cut is taken: what was written before is in it, what comes later is not.
 
         sync: "full"; "top" (only what is allocated in the source; holes are left out); "none" (nothing is copied but
-        what writers overwrite; ends by cancel).  speed: bytes a second of background copying, 0 for no limit.
+        what writers overwrite; ends by cancel); "bitmap" (what is dirty in ``bitmap``); "incremental" (the same, with
+        bitmap-mode on-success).  speed: bytes a second of background copying, 0 for no limit.
         on_cbw_error: "break-snapshot" or "break-guest-write".  cbw_timeout: seconds a write waits for a copy, 0 for
         ever.  overwrite: replace an existing target of the same size, when the new one is complete.  quiesce: a context
         manager that is entered when all is prepared, and left when the cut is taken or has failed: for an application
         that can come to rest.  It must not close the coordinator.
 
-        TargetRefusedError, CutAbandonedError, NoFreeSnapshotError: nothing has changed.
+        bitmap_mode: what becomes of the bitmap (`DirtyBitmap.finish`): "on-success", "never", "always".  in_place: with
+        sync bitmap, ``target`` is an older backup, the bitmap's base, and becomes this one (`forward.py`).  manifest:
+        take checksums while copying, and say in TARGET.shmcbw what it holds; with a bitmap that is always done.
+
+        TargetRefusedError, CutAbandonedError, NoFreeSnapshotError, BitmapError: nothing has changed.
         """
         backup = Backup(
             self,
@@ -319,6 +364,10 @@ class Coordinator:
             on_cbw_error=on_cbw_error,
             cbw_timeout=cbw_timeout,
             overwrite=overwrite,
+            bitmap=bitmap,
+            bitmap_mode=bitmap_mode,
+            in_place=in_place,
+            manifest=manifest,
         )
         return backup_group([backup], quiesce=quiesce)[0]
 
@@ -354,6 +403,9 @@ class Coordinator:
     def add_job(self, entry: Entry, sync: str) -> Job:
         """The job of a backup whose cut is taken."""
         with self._lock:
+            if entry.increment is not None:
+                entry.increment.filter(entry.index, entry.bitmap)
+                self._pool.wake()
             job = Job(self, entry, f"backup{self._next_job}", sync)
             self._next_job += 1
             self._jobs[job.id] = job
@@ -421,17 +473,34 @@ class Coordinator:
             self.check_open()
             index = self._free_index()
             path = resolve(request.target)
-            serial = self._begin(index, path)
+            increment = Increment.plan(
+                self.bitmaps,
+                self._segment,
+                request.sync,
+                request.bitmap,
+                request.bitmap_mode,
+                in_place=request.in_place,
+                manifest=request.manifest,
+            )
+            serial = self._begin(index, path, in_place=request.in_place)
             file: TargetFile | None = None
             try:
                 full = request.job and request.sync != "none"
-                file = TargetFile.create(path, self._image, overwrite=request.overwrite, full=full, named=request.job)
+                if increment is None:
+                    file = TargetFile.create(
+                        path, self._image, overwrite=request.overwrite, full=full, named=request.job
+                    )
+                else:
+                    file = increment.take_target(serial, path, self._image, overwrite=request.overwrite)
                 self._reach("target")
-                return Entry(index, serial, file, self._fill_entry(index, serial, file, request))
+                bitmap = self._fill_entry(index, serial, file, request, increment)
+                return Entry(index, serial, file, bitmap, increment=increment)
             except BaseException:
                 if file is not None:
-                    file.remove()
+                    file.give_back()
                     file.close()
+                if increment is not None:
+                    increment.give_up()
                 self._free_entry(index, serial)
                 raise
 
@@ -439,27 +508,36 @@ class Coordinator:
         """The cut is taken.  The caller holds the lock."""
         entry.cut = cut
         self._entries[entry.index] = entry
+        self.bitmaps.note_boundary(self._segment.snapshot(entry.index, Snapshot.cut_epoch))
         self._pool.wake()
 
     def discard(self, entry: Entry) -> None:
         """There was no cut, or nobody wants it any more."""
         with self._lock:
-            if not entry.released:
-                self._release_entry(entry)
+            if entry.released:
+                return
+            if state_of(self._segment, entry.index) in (states.PREPARING, states.PREPARED, states.ABANDONED):
+                entry.target.give_back()
+            if entry.increment is not None:
+                entry.increment.give_up()
+            self._release_entry(entry)
 
-    def _begin(self, index: int, path: str) -> int:
+    def _begin(self, index: int, path: str, *, in_place: bool) -> int:
         """Say in the entry what is about to be made, so that a restarted coordinator can remove it: its serial."""
         segment = self._segment
         serial = segment.header(Header.next_serial)
         segment.set_header(Header.next_serial, serial % 0xFFFFFFFF + 1)
         segment.set_snapshot(index, Snapshot.serial, serial)
         segment.set_snapshot(index, Snapshot.group, 0)
+        segment.set_snapshot(index, Snapshot.in_place, int(in_place))
         place = segment.geometry.snapshot(index, Snapshot.target_path)
         segment.set_text(place, Snapshot.target_path, path + PARTIAL_SUFFIX)
         segment.set_snapshot(index, Snapshot.state, states.state_word(states.CREATING, 0))
         return serial
 
-    def _fill_entry(self, index: int, serial: int, file: TargetFile, request: Request) -> Bitmap:
+    def _fill_entry(
+        self, index: int, serial: int, file: TargetFile, request: Request, increment: Increment | None
+    ) -> Bitmap:
         """Make the bitmap, fill in the entry, and wait until the workers have opened the target."""
         segment = self._segment
         bitmap = Bitmap.create(segment, serial, self._access)
@@ -473,7 +551,9 @@ class Coordinator:
                 Snapshot.broken: 0,
                 Snapshot.broken_time_ns: 0,
                 Snapshot.background_error: 0,
-                Snapshot.background: int(request.sync != "none"),
+                # What a bitmap leaves out is marked after the cut (`Increment.filter`).
+                Snapshot.background: int(request.sync != "none" and not (increment and increment.filters)),
+                Snapshot.manifest: int(file.manifest is not None),
                 Snapshot.cursor: 0,
                 Snapshot.speed: request.speed,
                 Snapshot.budget_ns: time.monotonic_ns(),
@@ -651,6 +731,8 @@ class Coordinator:
         entry = job._entry
         try:
             entry.target.sync()
+            if entry.increment is not None:
+                entry.increment.seal(entry.index, entry.target, entry.bitmap)
             self._reach("synced")
             job.move(jobs.PENDING)
             with self._lock:
@@ -659,6 +741,8 @@ class Coordinator:
                     return
                 entry.target.finish()
             self._reach("named")
+            if entry.increment is not None:
+                entry.increment.commit(entry.index)
         except Exception as error:  # the thread's outermost level: whatever it is, the job ends with it
             number = error.errno if isinstance(error, OSError) else None
             message = f"finishing {job.target}: {getattr(error, 'strerror', None) or error}"
@@ -678,7 +762,10 @@ class Coordinator:
         try:
             if self._entries.get(job._entry.index) is job._entry:
                 job.freeze_progress(self.count_progress(job._entry))
-                self._release_entry(job._entry)
+                entry = job._entry
+                if entry.increment is not None:
+                    entry.increment.fail(entry.index, entry.target, entry.bitmap)
+                self._release_entry(entry)
         finally:
             job.move(jobs.CONCLUDED)
 
@@ -792,12 +879,25 @@ class Coordinator:
         if hasattr(self, "_pool"):
             self._pool.stop()
         segment = self._segment
-        try_retire(segment)
+        self._retire()
         segment.set_header(Header.coordinator_pid, 0)
         # Before the segment: whoever owns that next is not to find us here.
         self._image_lock.close()
         segment.unlock(COORDINATOR)
         segment.close()
+
+    def _retire(self) -> None:
+        """Remove the segment if nobody uses it, and save what is persistent; else leave it, and its bitmaps in it."""
+        begun = hasattr(self, "bitmaps")
+        packed = self.bitmaps.put_away() if begun else self._loaded
+        if not try_retire(self._segment):
+            if begun:
+                self.bitmaps.put_back()
+        elif self._saved is not None:
+            try:
+                self._saved.save(packed)
+            except OSError as error:
+                log.error("the bitmaps of %s could not be saved, the next backup is a full one: %s", self.path, error)
 
     def __enter__(self) -> Coordinator:
         return self
@@ -814,6 +914,7 @@ class Coordinator:
 def _own_segment(
     image: ImageFile,
     image_lock: ImageLock,
+    take_image: Callable[[], None],
     geometry: Geometry,
     access: Access,
     cluster_size: int | None,
@@ -823,7 +924,7 @@ def _own_segment(
     deadline = time.monotonic() + TAKE_OVER_S
     while True:
         try:
-            return create(image, geometry, access, image_lock.take), False
+            return create(image, geometry, access, take_image), False
         except FileExistsError:
             pass
         try:

@@ -33,6 +33,7 @@ from shmcbw.slots import lives_any_writer
 from shmcbw.snapshots import store_first_error, target_path
 
 from .copying import Copied, Source, copy_run
+from .manifest import PARTIAL_SUFFIX, Manifest, sidecar
 
 _OPENED, _ACKNOWLEDGED = index_of("worker.opened"), index_of("worker.acknowledged")
 _CLAIMED, _BACKGROUND = index_of("worker.claimed"), index_of("worker.background")
@@ -62,6 +63,8 @@ class Target:
     fd: int
     bitmap: Bitmap
     skip_holes: bool
+    manifest_fd: int  # -1: no checksums
+    in_place: bool
     exhausted_at: int = -1  # the cursor at which nothing was left to copy
     ns_per_byte: float = 20.0  # before the first measurement: begin with small chunks
 
@@ -206,12 +209,14 @@ class CopyWorker:
                     raise OSError(errno.ESTALE, "the target was replaced")
                 fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 bitmap = Bitmap.attach(self.segment, serial)
+                manifest_fd = self._open_manifest(index, expected)
             except BaseException:
                 os.close(fd)
                 raise
             self.copier.attach_bitmap(index, serial, bitmap.memory)
-            sync = self.segment.snapshot(index, Snapshot.sync)
-            self.targets[index] = Target(index, serial, fd, bitmap, sync == states.SYNC_TOP)
+            skip_holes = self.segment.snapshot(index, Snapshot.sync) == states.SYNC_TOP
+            in_place = bool(self.segment.snapshot(index, Snapshot.in_place))
+            self.targets[index] = Target(index, serial, fd, bitmap, skip_holes, manifest_fd, in_place)
         except OSError as error:
             number = error.errno or errno.EIO
         self._reach(_OPENED)
@@ -221,10 +226,27 @@ class CopyWorker:
         self._reach(_ACKNOWLEDGED)
         self.segment.wake_coordinator()
 
+    def _open_manifest(self, index: int, expected: Identity) -> int:
+        """The descriptor of the manifest that was made for this target; -1 if it has none."""
+        if not self.segment.snapshot(index, Snapshot.manifest):
+            return -1
+        path = sidecar(target_path(self.segment, index).removesuffix(PARTIAL_SUFFIX)) + PARTIAL_SUFFIX
+        try:
+            found = Manifest.open(path, writable=True)
+        except ShmcbwError as error:
+            raise OSError(errno.ESTALE, str(error)) from None
+        if found.description.target != expected:
+            found.close()
+            raise OSError(errno.ESTALE, "the manifest was replaced")
+        fcntl.flock(found.fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return found.fd
+
     def _let_go(self, target: Target) -> None:
         self.copier.detach_bitmap(target.index)
         target.bitmap.close()
         os.close(target.fd)
+        if target.manifest_fd >= 0:
+            os.close(target.manifest_fd)
         del self.targets[target.index]
 
     # -- what a writer waits for -----------------------------------------------------------------------------------
@@ -367,6 +389,8 @@ class CopyWorker:
             copied_state=state,
             skip_holes=target.skip_holes,
             before_write=self._before_write,
+            manifest_fd=target.manifest_fd,
+            in_place=target.in_place,
         )
         self._reach(_COPIED)
         memory = target.bitmap.memory

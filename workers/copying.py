@@ -1,7 +1,11 @@
 """Copy one claimed run of clusters from the source to a target.
 
-The target is fresh: what is not written reads as zeroes.  So a hole costs one lseek, a cluster of zeroes one look, and
-only the rest is written, with calls that return an errno (ENOSPC, EIO) instead of stores that turn into SIGBUS.
+A fresh target reads as zeroes where it is not written.  So a hole costs one lseek, a cluster of zeroes one look, and
+only the rest is written, with calls that return an errno (ENOSPC, EIO) instead of stores that turn into SIGBUS.  In a
+target that is brought forward in place, a hole is punched for them.
+
+With checksums, a run is copied to a private buffer first (guarded: the source may be truncated at any moment), and what
+is written is what was hashed.
 
 A claimed cluster can't be written by anybody, so what SEEK_DATA says of it stays true while we hold the claim; where
 hole reporting lies (`image.HONEST_HOLES`), nothing is taken for a hole.
@@ -9,6 +13,7 @@ hole reporting lies (`image.HONEST_HOLES`), nothing is taken for a hole.
 
 from __future__ import annotations
 
+import array
 import errno
 import mmap
 import os
@@ -19,6 +24,11 @@ from shmcbw import _core
 from shmcbw.bitmap import SKIPPED, ZERO
 from shmcbw.clusters import byte_range
 from shmcbw.image import HONEST_HOLES, ImageFile, file_size, next_data
+
+from .manifest import checksum, put_words
+
+#: What is hashed and written at once.
+PIECE_BYTES = 1 << 20
 
 
 @dataclass(slots=True)
@@ -46,10 +56,18 @@ class Source:
         self.memory: mmap.mmap = self.file.map()
         self.view = memoryview(self.memory)
         self.honest_holes = _core.file_system(self.file.fd) in HONEST_HOLES
+        self.private = memoryview(bytearray())
 
     def data_from(self, offset: int) -> int:
         """The first byte from ``offset`` on that may be data."""
         return next_data(self.file.fd, offset, self.size_bytes) if self.honest_holes else offset
+
+    def private_copy(self, offset: int, length: int) -> memoryview:
+        """The bytes as they are now, in a buffer that nobody else changes; good until the next call."""
+        if len(self.private) < length:
+            self.private = memoryview(bytearray(length))
+        _core.copy(self.private, 0, self.memory, offset, length)
+        return self.private[:length]
 
 
 def copy_run(
@@ -62,8 +80,13 @@ def copy_run(
     copied_state: int,
     skip_holes: bool,
     before_write: Callable[[], None],
+    manifest_fd: int = -1,
+    in_place: bool = False,
 ) -> Copied:
-    """Copy the claimed clusters first..end; the caller publishes them.  An OSError ends up in the result."""
+    """Copy the claimed clusters first..end; the caller publishes them.  An OSError ends up in the result.
+
+    ``manifest_fd``: where checksums go.  ``in_place``: the target is not fresh.
+    """
     result = Copied()
     hole_state = SKIPPED if skip_holes else ZERO
     cluster = first
@@ -75,19 +98,33 @@ def copy_run(
                 # Whole clusters before the data; the last one of the image is whole when the hole reaches its end.
                 hole_end = end if data >= source.size_bytes else min(end, data // cluster_size)
                 if hole_end > cluster:
+                    if in_place and hole_state == ZERO:
+                        before_write()
+                        make_zero(target_fd, *byte_range(cluster, hole_end, cluster_size, source.size_bytes))
                     result.add(cluster, hole_end, hole_state)
                     cluster = hole_end
                     continue
             run_end = cluster + 1
             zero = _is_zero(source, cluster, cluster_size)
-            while run_end < end and not zero and not _is_zero(source, run_end, cluster_size):
+            limit = min(end, cluster + max(1, PIECE_BYTES // cluster_size)) if manifest_fd >= 0 else end
+            while run_end < limit and not zero and not _is_zero(source, run_end, cluster_size):
                 run_end += 1
+            offset, length = byte_range(cluster, run_end, cluster_size, source.size_bytes)
             if zero:
+                if in_place:
+                    before_write()
+                    make_zero(target_fd, offset, length)
                 result.add(cluster, run_end, ZERO)
             else:
-                offset, length = byte_range(cluster, run_end, cluster_size, source.size_bytes)
                 before_write()
-                write_fully(target_fd, source.view[offset : offset + length], offset)
+                if manifest_fd >= 0:
+                    held = source.private_copy(offset, length)
+                    write_fully(target_fd, held, offset)
+                    pieces = [held[start : start + cluster_size] for start in range(0, length, cluster_size)]
+                    # After the data: a word that is there is right for what the target holds.
+                    put_words(manifest_fd, cluster, array.array("Q", map(checksum, pieces)))
+                else:
+                    write_fully(target_fd, source.view[offset : offset + length], offset)
                 result.written_bytes += length
                 result.add(cluster, run_end, copied_state)
             cluster = run_end
@@ -112,6 +149,22 @@ def _check_size(source: Source) -> None:
 def _is_zero(source: Source, cluster: int, cluster_size: int) -> bool:
     offset, length = byte_range(cluster, cluster + 1, cluster_size, source.size_bytes)
     return _core.is_zero(source.memory, offset, length)
+
+
+def make_zero(fd: int, offset: int, length: int) -> None:
+    """Have a range read as zeroes, as a hole where the file system can make one; OSError."""
+    try:
+        _core.punch_hole(fd, offset, length)
+        return
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EPERM):
+            raise
+    nothing = memoryview(bytes(min(length, PIECE_BYTES)))
+    while length:
+        piece = nothing[:length]
+        write_fully(fd, piece, offset)
+        offset += len(piece)
+        length -= len(piece)
 
 
 def write_fully(fd: int, data: memoryview, offset: int) -> None:

@@ -188,6 +188,26 @@ def _next_odd(segment: Segment) -> int:
     return even + 1
 
 
+def take_boundary(segment: Segment, limit_s: float) -> int:
+    """A drained section without a snapshot: its odd epoch.  Every write was wholly before or wholly after it.
+
+    Blocks for at most ``limit_s``.  CutAbandonedError: the limit was reached; there was no such instant.
+    """
+    odd = _next_odd(segment)
+    deadline = time.monotonic_ns() + int(limit_s * 1e9)
+    # Before the odd epoch: whoever sees that one sees its deadline.
+    segment.set_header(Header.drain_deadline_ns, deadline)
+    advance(segment, odd - 1)
+    # A waiting writer that ended it did so at the deadline, when somebody may still have been in flight.
+    sharp = _wait_quiet(segment, deadline) is None and advance(segment, odd)
+    if not sharp:
+        abandon(segment, odd)
+    wake_all(segment)
+    if not sharp:
+        raise CutAbandonedError(f"a write lasted over the limit of {limit_s * 1000:.0f} ms")
+    return odd
+
+
 def _wait_quiet(segment: Segment, deadline: int) -> int | None:
     """Wait until each slot was seen out of flight once; the slot that held us at the deadline, or None."""
     geometry = segment.geometry

@@ -44,6 +44,10 @@ class Request:
     on_cbw_error: str = "break-snapshot"
     cbw_timeout: float = 30.0
     overwrite: bool = False
+    bitmap: str | None = None
+    bitmap_mode: str | None = None
+    in_place: bool = False
+    manifest: bool = False
 
     job: ClassVar[bool]
 

@@ -170,6 +170,12 @@ def remove_file(segment: Segment, suffix: str) -> None:
         pass
 
 
+def list_files(segment: Segment, prefix: str) -> list[str]:
+    """The suffixes of the files beside the segment that begin with ``prefix``."""
+    name = segment.name[1:]
+    return [file.removeprefix(name) for file in os.listdir(SHM) if file.startswith(name + prefix)]
+
+
 def file_path(segment: Segment, suffix: str) -> str:
     """Where a file of a segment lies; the suffix begins with a dot."""
     return f"{SHM}{segment.name}{suffix}"

@@ -4,6 +4,8 @@ A backup grows as ``TARGET.shmcbw-partial`` and gets its name when it is complet
 whatever dies, a file called TARGET is a finished backup (or the one that was there before); a user needs no tool to
 tell, and ``overwrite`` never leaves him with neither.  A mark inside the file was rejected: every tool that reads raw
 images would have to know it.  A block device has no name to hold back, so it is refused as a target.
+
+A target may have a manifest (`manifest.py`), which grows beside it as ``TARGET.shmcbw.shmcbw-partial``.
 """
 
 from __future__ import annotations
@@ -14,15 +16,18 @@ import logging
 import os
 import stat
 import weakref
+from dataclasses import replace
 
 from shmcbw import _core
-from shmcbw.errors import ImageError, TargetRefusedError
+from shmcbw.errors import ImageError, ManifestError, TargetRefusedError
 from shmcbw.image import Identity, ImageFile
 from shmcbw.layout import PATH_SIZE
 
+from .manifest import CHANGING, FINISHED, REST, SUFFIX, Description, Manifest, sidecar
+from .manifest import PARTIAL_SUFFIX as PARTIAL_SUFFIX
+
 log = logging.getLogger("shmcbw")
 
-PARTIAL_SUFFIX = ".shmcbw-partial"
 #: While it is made.  As long as the other one: a name that fits with one fits with both.
 PROBING_SUFFIX = ".shmcbw-probing"
 SUFFIXES = (PARTIAL_SUFFIX, PROBING_SUFFIX)
@@ -42,17 +47,31 @@ class TargetFile:
         self.fd = fd
         self.identity = identity
         self.overwrite = overwrite
+        self.manifest: Manifest | None = None
+        #: Not finished, and not to be removed.
+        self.stays = False
         _files.add(self)
 
     @classmethod
-    def create(cls, path: str, image: ImageFile, *, overwrite: bool, full: bool, named: bool = True) -> TargetFile:
+    def create(
+        cls,
+        path: str,
+        image: ImageFile,
+        *,
+        overwrite: bool,
+        full: bool,
+        named: bool = True,
+        description: Description | None = None,
+    ) -> TargetFile:
         """Check and create; TargetRefusedError with nothing changed.
 
         ``path`` comes from `resolve`.  ``full``: all of the image will be written.  ``named``: it will get its name
-        in the end; unless it may overwrite, that must be possible without replacing another file.
+        in the end; unless it may overwrite, that must be possible without replacing another file.  ``description``: it
+        gets a manifest that says this.
         """
         mode = _check_existing(path, image, overwrite)
         _check_space(path, image, full)
+        check_sidecar(path)
         working = path + PARTIAL_SUFFIX
         # Like cp: the source's permission bits, cut by the umask.
         permissions = stat.S_IMODE(os.fstat(image.fd).st_mode) & 0o666 | 0o600
@@ -65,11 +84,41 @@ class TargetFile:
             os.unlink(working)
             os.close(fd)
             raise TargetRefusedError(error.errno, f"target {path}: {error.strerror}") from error
-        return cls(path, working, fd, Identity.of(os.fstat(fd)), overwrite=overwrite)
+        made = cls(path, working, fd, Identity.of(os.fstat(fd)), overwrite=overwrite)
+        if description is not None:
+            try:
+                made.add_manifest(description, image, mode or permissions)
+            except BaseException:
+                made.remove()
+                made.close()
+                raise
+        return made
+
+    def add_manifest(self, description: Description, image: ImageFile, permissions: int) -> None:
+        """Begin a manifest; TargetRefusedError."""
+        final = sidecar(self.path)
+        name = final + PARTIAL_SUFFIX
+        try:
+            try:
+                os.stat(name, follow_symlinks=False)
+                _remove_abandoned(name, final, image)
+            except FileNotFoundError:
+                pass
+            self.manifest = Manifest.create(name, replace(description, target=self.identity), permissions)
+            fcntl.flock(self.manifest.fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            if isinstance(error, TargetRefusedError):
+                raise
+            raise TargetRefusedError(error.errno, f"target {self.path}: {name}: {error.strerror}") from error
 
     @classmethod
-    def adopt(cls, working_path: str, identity: Identity, *, overwrite: bool) -> TargetFile | None:
-        """The target of a dead coordinator, under its working or already under its final name; None if it is gone."""
+    def adopt(
+        cls, working_path: str, identity: Identity, *, overwrite: bool, manifest: bool = False
+    ) -> TargetFile | None:
+        """The target of a dead coordinator, under its working or already under its final name; None if it is gone.
+
+        ``manifest``: it had one, which must be there too.
+        """
         final = working_path.removesuffix(PARTIAL_SUFFIX)
         for name in (final, working_path):
             try:
@@ -78,10 +127,17 @@ class TargetFile:
                 continue
             if Identity.of(os.fstat(fd)) == identity:
                 fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                if name == final and working_path != final and _is(working_path, identity):
+                if name == final and working_path != final and is_file(working_path, identity):
                     # Died between giving it its name and taking the other one away.
                     os.unlink(working_path)
-                return cls(final, name, fd, identity, overwrite=overwrite)
+                found = cls(final, name, fd, identity, overwrite=overwrite)
+                if manifest:
+                    found.manifest = Manifest.adopt(final, identity)
+                    if found.manifest is None:
+                        found.close()
+                        raise ManifestError(f"the manifest of the unfinished {name} is gone")
+                    fcntl.flock(found.manifest.fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return found
             os.close(fd)
         return None
 
@@ -90,16 +146,35 @@ class TargetFile:
         os.fdatasync(self.fd)
 
     def finish(self) -> None:
-        """Give the complete and synced file its name; FileExistsError if one has appeared there meanwhile."""
-        if self.working_path == self.path:
-            return
-        if Identity.of(os.stat(self.working_path)) != self.identity:
-            raise OSError(errno.ESTALE, f"{self.working_path} was replaced while it was written")
-        if self.overwrite:
-            os.rename(self.working_path, self.path)
-        else:
-            _rename_without_replacing(self.working_path, self.path)
-        self.working_path = self.path
+        """Give the complete and synced file its name; FileExistsError if one has appeared there meanwhile.
+
+        Its manifest, sealed as NAMING, gets its name first, and is FINISHED when both have theirs.  An older manifest
+        under the name goes before the older file does.
+        """
+        if self.working_path != self.path:
+            if Identity.of(os.stat(self.working_path)) != self.identity:
+                raise OSError(errno.ESTALE, f"{self.working_path} was replaced while it was written")
+            if not self.overwrite and os.path.lexists(self.path):
+                raise FileExistsError(errno.EEXIST, "a file has appeared there meanwhile", self.path)
+            self._name_manifest()
+            if self.overwrite:
+                os.rename(self.working_path, self.path)
+            else:
+                rename_without_replacing(self.working_path, self.path)
+            self.working_path = self.path
+        if self.manifest is not None and self.manifest.state != FINISHED:
+            self.manifest.set_state(FINISHED)
+        self.sync_directory()
+
+    def _name_manifest(self) -> None:
+        final = sidecar(self.path)
+        if self.manifest is None:
+            _remove_stale(final)
+        elif self.manifest.path != final:
+            os.rename(self.manifest.path, final)
+            self.manifest.path = final
+
+    def sync_directory(self) -> None:
         directory = os.open(os.path.dirname(self.path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(directory)
@@ -108,13 +183,32 @@ class TargetFile:
 
     def remove(self) -> None:
         """Remove what is not finished, if it still is our file.  What can't be removed stays, and the log says so."""
+        if self.stays:
+            return
         try:
-            if _is(self.working_path, self.identity):
+            if is_file(self.working_path, self.identity):
                 os.unlink(self.working_path)
         except OSError as error:
             log.warning("the unfinished %s can't be removed: %s", self.working_path, error.strerror)
+        self.remove_manifest()
+
+    def give_back(self) -> None:
+        """There was no cut: everything as it was."""
+        self.remove()
+
+    def remove_manifest(self) -> None:
+        """Remove the manifest of what is not finished."""
+        if self.manifest is None or self.manifest.state == FINISHED:
+            return
+        try:
+            if is_file(self.manifest.path, Identity.of(os.fstat(self.manifest.fd))):
+                os.unlink(self.manifest.path)
+        except OSError as error:
+            log.warning("the unfinished %s can't be removed: %s", self.manifest.path, error.strerror)
 
     def close(self) -> None:
+        if self.manifest is not None:
+            self.manifest.close()
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -173,7 +267,8 @@ def _check_space(path: str, image: ImageFile, full: bool) -> None:
         )
 
 
-def _is(path: str, identity: Identity) -> bool:
+def is_file(path: str, identity: Identity) -> bool:
+    """Whether the name leads to this very file."""
     try:
         return Identity.of(os.stat(path)) == identity
     except (OSError, ImageError):
@@ -183,16 +278,50 @@ def _is(path: str, identity: Identity) -> bool:
 def resolve(path: str | os.PathLike[str]) -> str:
     """The name behind links: the final rename must replace the file, not a link to it."""
     final = os.path.realpath(os.fspath(path))
-    if len(os.fsencode(final)) + len(PARTIAL_SUFFIX) >= PATH_SIZE:
+    if len(os.fsencode(final)) + len(SUFFIX) + len(PARTIAL_SUFFIX) >= PATH_SIZE:
         raise TargetRefusedError(errno.ENAMETOOLONG, f"target {final}: the path is too long")
     return final
 
 
-def remove_unheld(working: str) -> None:
-    """Remove an unfinished file that a dead coordinator had just made: named as ours, and held by nobody."""
+def check_sidecar(path: str) -> None:
+    """TargetRefusedError if the name of the target's manifest leads to something that must not be lost."""
+    name = sidecar(path)
+    try:
+        found = Manifest.open(name)
+    except FileNotFoundError:
+        return
+    except ManifestError as error:
+        raise TargetRefusedError(
+            errno.EEXIST, f"target {path}: the name of its manifest is taken: {error}; remove that file"
+        ) from None
+    except OSError as error:
+        raise TargetRefusedError(error.errno, f"target {path}: {name}: {error.strerror}") from error
+    found.close()
+    if found.state in (CHANGING, REST) and is_file(path + PARTIAL_SUFFIX, found.description.target):
+        what = "was being brought forward" if found.state == CHANGING else "is an increment with bitmap-mode always"
+        raise TargetRefusedError(
+            errno.EEXIST,
+            f"target {path}: {path}{PARTIAL_SUFFIX} {what} and is not finished: go on with it in place, by the same "
+            f"bitmap, or remove it and {name}",
+        )
+
+
+def _remove_stale(name: str) -> None:
+    """Remove the manifest of an older file, which is about to be replaced by one without."""
+    try:
+        Manifest.open(name).close()
+        os.unlink(name)
+    except (OSError, ManifestError):
+        pass
+
+
+def remove_unheld(working: str, *, keep_target: bool = False) -> None:
+    """Remove an unfinished file that a dead coordinator had just made, and its manifest: named as ours, and held by
+    nobody.  ``keep_target``: it was there before."""
     if not working.endswith(PARTIAL_SUFFIX):
         return
-    for name in (working, _probing(working)):
+    manifest = sidecar(working.removesuffix(PARTIAL_SUFFIX)) + PARTIAL_SUFFIX
+    for name in (manifest,) if keep_target else (working, _probing(working), manifest):
         try:
             fd = os.open(name, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError:
@@ -211,7 +340,7 @@ def _probing(working: str) -> str:
     return working.removesuffix(PARTIAL_SUFFIX) + PROBING_SUFFIX
 
 
-def _rename_without_replacing(path: str, to: str) -> None:
+def rename_without_replacing(path: str, to: str) -> None:
     """Rename; FileExistsError where something has that name already (a plain rename would replace it)."""
     try:
         _core.rename_without_replacing(path, to)
@@ -242,7 +371,7 @@ def _create_file(final: str, image: ImageFile, permissions: int, *, probe: bool)
     try:
         # Shared by us, and by the workers through their own descriptors: an exclusive lock means that nobody is left.
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        if not _is(name, Identity.of(os.fstat(fd))):
+        if not is_file(name, Identity.of(os.fstat(fd))):
             raise BlockingIOError
         if probe:
             _probe(name, final, image)
@@ -269,10 +398,10 @@ def _probe(name: str, final: str, image: ImageFile) -> None:
     working = final + PARTIAL_SUFFIX
     try:
         try:
-            _rename_without_replacing(name, working)
+            rename_without_replacing(name, working)
         except FileExistsError:
             _remove_abandoned(working, final, image)
-            _rename_without_replacing(name, working)
+            rename_without_replacing(name, working)
     except FileExistsError:
         raise TargetRefusedError(errno.EBUSY, f"target {final}: another backup is writing {working}") from None
     except OSError as error:
@@ -299,7 +428,7 @@ def _remove_abandoned(working: str, final: str, image: ImageFile) -> None:
         if (
             not stat.S_ISREG(status.st_mode)
             or status.st_uid != os.geteuid()
-            or status.st_nlink != sum(_is(final + suffix, Identity.of(status)) for suffix in SUFFIXES)
+            or status.st_nlink != sum(is_file(final + suffix, Identity.of(status)) for suffix in SUFFIXES)
             or Identity.of(status) == image.identity
         ):
             raise TargetRefusedError(

@@ -1,0 +1,168 @@
+"""A backup that is brought forward in place: an older backup becomes the image at a new cut, by its changed clusters.
+
+    1  everything is checked: it is this bitmap's base, by its manifest; nobody else has it
+    2  a new manifest begins, with the words of the old one
+    3  the old manifest: CHANGING
+    4  TARGET -> TARGET.shmcbw-partial
+    5  the job: changed clusters are overwritten
+    6  as any target: the new manifest takes the old one's place, then TARGET has its name again
+
+From 3 to 6 there is no backup called TARGET; that is the price of not copying it.  If the job fails or everything dies,
+the partial file and CHANGING stay, and the bitmap keeps its old bits.  All that was overwritten is among them, so
+running the job again completes it.  Whatever else is asked of the two files is refused.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import stat
+from dataclasses import replace
+
+from shmcbw.errors import ManifestError, TargetRefusedError
+from shmcbw.image import Identity, ImageFile
+from shmcbw.points import Point
+
+from .manifest import BEING_MADE, CHANGING, FINISHED, NAMING, PARTIAL_SUFFIX, REST, Description, Manifest, sidecar
+from .targets import TargetFile, is_file, rename_without_replacing
+
+log = logging.getLogger("shmcbw")
+
+
+class ForwardFile(TargetFile):
+    """An existing backup, under its working name; `TargetFile.finish` gives it its name back."""
+
+    #: The state of its old manifest before us; None: a coordinator died over it.
+    state_before: bytes | None = None
+
+    @classmethod
+    def take(
+        cls, path: str, image: ImageFile, since: Point | None, description: Description, *, overwrite: bool
+    ) -> ForwardFile:
+        """Check and take; TargetRefusedError with nothing changed.
+
+        ``path`` comes from `resolve`.  ``since``: what the bitmap covers.  ``description``: of the cut that is to come.
+        """
+        try:
+            old = Manifest.open(sidecar(path), writable=True)
+        except FileNotFoundError:
+            raise _refused(path, "it has no manifest: only a backup of this bitmap can be brought forward") from None
+        except ManifestError as error:
+            raise _refused(path, str(error)) from None
+        except OSError as error:
+            raise TargetRefusedError(error.errno, f"target {path}: {sidecar(path)}: {error.strerror}") from error
+        try:
+            taken = cls._open(path, old)
+            taken.overwrite = overwrite
+            try:
+                _check(path, taken, image, old, since, description)
+                permissions = stat.S_IMODE(os.fstat(taken.fd).st_mode)
+                kind, origin = old.description.kind, old.description.since
+                taken.add_manifest(replace(description, kind=kind, since=origin), image, permissions)
+                assert taken.manifest is not None
+                taken.manifest.copy_words(old)
+                taken.state_before = old.state
+                if old.state not in (CHANGING, REST):
+                    old.change(taken.identity)
+                taken._hide()
+            except BaseException:
+                taken.give_back()
+                taken.close()
+                raise
+            return taken
+        finally:
+            old.close()
+
+    @classmethod
+    def _open(cls, path: str, old: Manifest) -> ForwardFile:
+        """The file itself, by whichever name it has."""
+        names = [path]
+        if old.state in (CHANGING, REST):
+            names = [name for name in (path, path + PARTIAL_SUFFIX) if is_file(name, old.description.target)]
+        for name in names:
+            try:
+                fd = os.open(name, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise TargetRefusedError(error.errno, f"target {name}: {error.strerror}") from error
+            try:
+                if not stat.S_ISREG(os.fstat(fd).st_mode):
+                    raise _refused(path, "it is not a regular file")
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Shared, as its workers will: an exclusive lock means that nobody is left.
+                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return cls(path, name, fd, Identity.of(os.fstat(fd)), overwrite=False)
+            except BlockingIOError:
+                os.close(fd)
+                raise TargetRefusedError(errno.EBUSY, f"target {path}: another job is writing {name}") from None
+            except BaseException:
+                os.close(fd)
+                raise
+        raise TargetRefusedError(errno.ENOENT, f"target {path}: it is not there, so it can't be brought forward")
+
+    def _hide(self) -> None:
+        working = self.path + PARTIAL_SUFFIX
+        if self.working_path != working:
+            try:
+                rename_without_replacing(self.working_path, working)
+            except FileExistsError:
+                raise _refused(self.path, f"{working} is there already; it is not this backup") from None
+            self.working_path = working
+        self.sync_directory()
+
+    def give_back(self) -> None:
+        """Nothing was written into it: everything as it was before `take`."""
+        self.remove_manifest()
+        if self.state_before is None or self.state_before in (CHANGING, REST):
+            return
+        if self.working_path != self.path:
+            rename_without_replacing(self.working_path, self.path)
+            self.working_path = self.path
+        with_state = Manifest.open(sidecar(self.path), writable=True)
+        with_state.set_state(self.state_before)
+        with_state.close()
+
+    def remove(self) -> None:
+        """The job has failed: the file stays, for the next one to complete it."""
+        if self.stays:
+            return
+        self.remove_manifest()
+        log.warning(
+            "%s is not finished and stays; nothing is lost: the same backup in place, by the same bitmap, completes it",
+            self.working_path,
+        )
+
+
+def _check(
+    path: str, taken: TargetFile, image: ImageFile, old: Manifest, since: Point | None, description: Description
+) -> None:
+    status = os.fstat(taken.fd)
+    base = old.description
+    if taken.identity == image.identity:
+        raise _refused(path, "it is the source")
+    if old.state == BEING_MADE or (old.state in (NAMING, CHANGING, REST) and base.target != taken.identity):
+        raise _refused(path, f"{old.path} is not its manifest")
+    if status.st_nlink != 1:
+        raise _refused(path, f"it has {status.st_nlink} names: all of them would be changed")
+    if status.st_size != image.size_bytes or base.image_size != image.size_bytes:
+        raise _refused(path, f"it has {status.st_size} bytes, the source {image.size_bytes}: not its backup")
+    if base.cluster_size != description.cluster_size:
+        raise _refused(
+            path, f"it was made with clusters of {base.cluster_size} bytes, this image has {description.cluster_size}"
+        )
+    if since is None:
+        raise _refused(path, "the bitmap can't be sure to hold every change since any backup")
+    if not since.not_after(base.point):
+        raise _refused(path, f"it is not the bitmap's base (it shows {base.point}, the bitmap counts from {since})")
+    if old.state in (FINISHED, NAMING):
+        try:
+            old.check_table()
+        except ManifestError as error:
+            raise _refused(path, str(error)) from None
+
+
+def _refused(path: str, why: str) -> TargetRefusedError:
+    return TargetRefusedError(errno.EINVAL, f"target {path} can't be brought forward: {why}")
