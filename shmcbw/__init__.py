@@ -13,6 +13,8 @@ but SIGBUS (``_core/guard.c``); what runs is in `shmcbw.workers`.
 """
 
 from .errors import (
+    BitmapError,
+    ChainError,
     ClosedError,
     CopyFailedError,
     CopyTimeoutError,
@@ -22,6 +24,7 @@ from .errors import (
     JobCancelledError,
     JobFailedError,
     LayoutVersionError,
+    ManifestError,
     NoCoordinatorError,
     NoFreeSlotError,
     OutOfRangeError,
@@ -30,12 +33,15 @@ from .errors import (
     SnapshotBrokenError,
     SnapshotInaccessibleError,
     TargetRefusedError,
+    VerificationError,
 )
 from .filter import Disk, open
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BitmapError",
+    "ChainError",
     "ClosedError",
     "CopyFailedError",
     "CopyTimeoutError",
@@ -46,6 +52,7 @@ __all__ = [
     "JobCancelledError",
     "JobFailedError",
     "LayoutVersionError",
+    "ManifestError",
     "NoCoordinatorError",
     "NoFreeSlotError",
     "OutOfRangeError",
@@ -54,6 +61,7 @@ __all__ = [
     "SnapshotBrokenError",
     "SnapshotInaccessibleError",
     "TargetRefusedError",
+    "VerificationError",
     "__version__",
     "open",
 ]
