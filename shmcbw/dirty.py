@@ -238,11 +238,16 @@ class DirtyBitmap:
     def dirty(self, epochs: EpochMap) -> DirtySet:
         """All that is dirty now, in a set of its own; granularity: `unit`."""
         found = DirtySet(epochs.size_bytes, self.unit(epochs))
-        if self.kept is not None:
-            found.merge(self.kept)
+        found.merge(self.kept_now(epochs))
         if self.start is not None:
             epochs.add_to(found, self.start)
         return found
+
+    def kept_now(self, epochs: EpochMap) -> DirtySet:
+        """What is in it beside the epochs, for the image's size now: what a resize has added is clean."""
+        if self.kept is None:
+            return DirtySet(epochs.size_bytes, self.unit(epochs))
+        return self.kept if self.kept.size_bytes == epochs.size_bytes else self.kept.resized(epochs.size_bytes)
 
     def count_bytes(self, epochs: EpochMap) -> int:
         """What is dirty, in granules of this bitmap, as bytes."""
@@ -313,7 +318,7 @@ class DirtyBitmap:
         ``boundary``: the last one; where coverages meet, they are joined.
         """
         self.check()
-        found = self.kept.copy() if self.kept is not None else DirtySet(epochs.size_bytes, self.unit(epochs))
+        found = self.kept_now(epochs).copy()
         since, until = self.since, self.until
         blank = self.start is None and self.kept is None and since is None
         for source in sources:
@@ -346,11 +351,6 @@ class DirtyBitmap:
         else:
             self.until = cut
         self.since = Point(cut.segment, cut.epoch, rest=not success) if covered else None
-
-    def resize(self, size_bytes: int) -> None:
-        """The image has another size now; what is new is clean."""
-        if self.kept is not None:
-            self.kept = self.kept.resized(size_bytes)
 
 
 def _join(

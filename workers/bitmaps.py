@@ -77,8 +77,6 @@ class Bitmaps(Mapping[str, DirtyBitmap]):
         self._lock = lock
         self._drain_limit_s = drain_limit_s
         self._uuid = segment_uuid(segment)
-        geometry = segment.geometry
-        self.epochs = EpochMap(segment.memory, geometry.epoch_map_offset, geometry.image_size, geometry.cluster_size)
         #: By name: the set that is in a file, and the number of that.
         self._files: dict[str, tuple[DirtySet, int]] = {}
         self._next_file = 1
@@ -90,6 +88,12 @@ class Bitmaps(Mapping[str, DirtyBitmap]):
         self._adopt()
         if loaded is not None:
             self._take_over(loaded)
+
+    @property
+    def epochs(self) -> EpochMap:
+        """Of the image as it is now: a resize makes it longer."""
+        geometry = self._segment.geometry
+        return EpochMap(self._segment.memory, geometry.epoch_map_offset, geometry.image_size, geometry.cluster_size)
 
     # -- a mapping from names ----------------------------------------------------------------------------------------
 
@@ -407,12 +411,13 @@ def pack_set(found: DirtySet) -> bytes:
 
 
 def unpack_set(data: bytes, size_bytes: int) -> DirtySet:
-    """The set that `pack_set` wrote, of an image of this size; ValueError if it is not whole."""
+    """The set that `pack_set` wrote, of an image of this size or of a smaller one (it may have been resized since);
+    ValueError if it is not whole."""
     if len(data) < _SET_HEADER.size:
         raise ValueError("its set is no set")
     magic, size, granularity, digest = _SET_HEADER.unpack_from(data)
     bits = data[_SET_HEADER.size :]
-    if magic != _SET_MAGIC or size != size_bytes or granularity < 512 or granularity & (granularity - 1):
+    if magic != _SET_MAGIC or not 0 < size <= size_bytes or granularity < 512 or granularity & (granularity - 1):
         raise ValueError("its set is of another image, or no set")
     if hashlib.sha256(bits).digest() != digest:
         raise ValueError("its set does not fit its hash")

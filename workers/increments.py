@@ -151,7 +151,7 @@ class Increment:
         if self.filters and not segment.snapshot(index, Snapshot.background):
             found = self._found()
             if found is not None:
-                kept = found.kept if found.kept is not None else DirtySet(epochs.size_bytes, found.unit(epochs))
+                kept = found.kept_now(epochs)
                 start = found.start if found.start is not None else _NEVER
                 for first in range(0, epochs.clusters, _PASS_CLUSTERS):
                     end = min(first + _PASS_CLUSTERS, epochs.clusters)

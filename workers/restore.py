@@ -3,7 +3,8 @@
 Everything is checked before a byte is written (manifests whole, the increments follow each other, sizes), and every
 cluster while it is copied: a cluster whose checksum differs ends it, and nothing gets the name OUT.  Holes stay holes.
 
-For each cluster the newest backup that holds it is asked.  One step of a chain is right if the increment counts from a
+For each cluster the newest backup that holds it is asked.  An image that has grown meanwhile reads as zeroes beyond
+its old end, where no increment says otherwise.  One step of a chain is right if the increment counts from a
 point not after the one below shows, and was cut not before that (`points.py`).
 """
 
@@ -69,6 +70,12 @@ class _Element:
     def description(self) -> Description:
         return self.manifest.description
 
+    def words(self, first: int, end: int) -> array.array[int]:
+        """Those of its manifest, and its default for clusters that the image did not have then."""
+        there = max(first, min(end, self.description.clusters))
+        beyond = array.array("Q", [self.manifest.default]) * (end - there)
+        return self.manifest.words(first, there) + beyond if there > first else beyond
+
     def close(self) -> None:
         self.manifest.close()
         self.file.close()
@@ -111,7 +118,7 @@ def check_chain(chain: Sequence[tuple[str, Description]]) -> None:
     for (below_path, below), (path, above) in itertools.pairwise(chain):
         if above.kind != INCREMENT:
             raise ChainError(f"{path} is a full backup: nothing can be below it")
-        if (above.image_size, above.cluster_size) != (below.image_size, below.cluster_size):
+        if above.image_size < below.image_size or above.cluster_size != below.cluster_size:
             raise ChainError(
                 f"{path} is of an image of {above.image_size} bytes in clusters of {above.cluster_size}, "
                 f"{below_path} of {below.image_size} in clusters of {below.cluster_size}"
@@ -137,7 +144,7 @@ def _write(
     if any(out == os.path.realpath(each.path) for each in elements):
         raise TargetRefusedError(errno.EINVAL, f"target {out} is part of the chain")
     described = replace(last, kind=FULL, since=None, target=Identity(0, 0)) if manifest else None
-    target = TargetFile.create(out, elements[0].file, overwrite=overwrite, full=True, description=described)
+    target = TargetFile.create(out, elements[-1].file, overwrite=overwrite, full=True, description=described)
     try:
         written = 0
         for first in range(0, last.clusters, _CHUNK_CLUSTERS):
@@ -163,10 +170,10 @@ def _write(
 
 def _newest(elements: list[_Element], first: int, end: int) -> tuple[array.array[int], list[int]]:
     """For clusters first..end: the word of the newest backup that holds it, and the index of that backup."""
-    words = elements[0].manifest.words(first, end)
+    words = elements[0].words(first, end)
     owners = [0] * (end - first)
     for index, each in enumerate(elements[1:], 1):
-        newer = each.manifest.words(first, end)
+        newer = each.words(first, end)
         if newer.count(ABSENT) == end - first:
             continue
         for position, word in enumerate(newer):
@@ -181,8 +188,7 @@ def _newest(elements: list[_Element], first: int, end: int) -> tuple[array.array
 
 def _copy(elements: list[_Element], target: TargetFile, first: int, words: array.array[int], owners: list[int]) -> int:
     """Copy what is data, checked; the bytes written."""
-    description = elements[0].description
-    size = description.cluster_size
+    size = elements[0].description.cluster_size
     limit = max(1, _PIECE_BYTES // size)
     position = written = 0
     while position < len(words):
@@ -193,11 +199,12 @@ def _copy(elements: list[_Element], target: TargetFile, first: int, words: array
         owner = owners[position]
         while stop < len(words) and stop - position < limit and words[stop] >= CHECKSUM_MIN and owners[stop] == owner:
             stop += 1
-        offset, length = byte_range(first + position, first + stop, size, description.image_size)
+        image_size = elements[owner].description.image_size
+        offset, length = byte_range(first + position, first + stop, size, image_size)
         data = memoryview(os.pread(elements[owner].file.fd, length, offset))
         for index in range(stop - position):
             if checksum(data[index * size : (index + 1) * size]) != words[position + index]:
-                bad = byte_range(first + position + index, first + position + index + 1, size, description.image_size)
+                bad = byte_range(first + position + index, first + position + index + 1, size, image_size)
                 raise VerificationError(
                     f"{elements[owner].path} is damaged: {bad[1]} bytes at {bad[0]} differ from their checksum", (bad,)
                 )
