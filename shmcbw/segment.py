@@ -64,6 +64,19 @@ def segment_name(identity: Identity) -> str:
     return f"/shmcbw-{identity.device:x}-{identity.inode:x}"
 
 
+def identities() -> list[Identity]:
+    """The images that have a control segment on this machine, by its name."""
+    found = []
+    for file in sorted(os.listdir(SHM)):
+        if file.startswith("shmcbw-") and "." not in file:
+            try:
+                device, inode = (int(part, 16) for part in file.split("-")[1:])
+            except ValueError:
+                continue
+            found.append(Identity(device, inode))
+    return found
+
+
 def boot_id() -> bytes:
     """16 bytes that change with every boot (a uuid)."""
     with open("/proc/sys/kernel/random/boot_id") as file:
@@ -660,14 +673,11 @@ def sweep() -> list[str]:
     could go on with, or its image is not there any more.
     """
     removed = []
-    for file in sorted(os.listdir(SHM)):
-        if not file.startswith("shmcbw-") or "." in file:
-            continue
+    for identity in identities():
         try:
-            device, inode = (int(part, 16) for part in file.split("-")[1:])
-            segment = attach_named(Identity(device, inode), os.geteuid())
+            segment = attach_named(identity, os.geteuid())
         except NoCoordinatorError:
-            _sweep_unfinished(Identity(device, inode))
+            _sweep_unfinished(identity)
             continue
         except (ShmcbwError, OSError, ValueError):
             continue

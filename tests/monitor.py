@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-import select
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,69 +12,31 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from shmcbw.workers.qmp.client import Client
 from shmcbw.workers.qmp.vocabulary import BY_NAME, EVENTS
-from shmcbw.workers.qmp.wire import Decoder
 
 EVENT_DATA = {event.name: event.data for event in EVENTS}
 DEADLINE_S = 30.0
 
 
-class Connection:
-    """A QMP client: negotiated, with the events in the order in which they came."""
+class Connection(Client):
+    """The client of the command line, which here also checks that what comes is as declared."""
 
     def __init__(self, path: Path, *, ours: bool, negotiate: bool = True) -> None:
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.socket.settimeout(DEADLINE_S)
-        self.socket.connect(str(path))
-        self.events: list[dict[str, Any]] = []
         self._ours = ours
-        self._decoder = Decoder()
-        self._messages: list[Any] = []
-        self.greeting = self.receive()
-        if negotiate:
-            self.execute("qmp_capabilities")
+        super().__init__(str(path), negotiate=negotiate)
 
-    def send(self, data: bytes) -> None:
-        self.socket.sendall(data)
-
-    def receive(self, timeout: float = DEADLINE_S) -> dict[str, Any]:
-        """The next message, whatever it is; EOFError, TimeoutError."""
-        deadline = time.monotonic() + timeout
-        while not self._messages:
-            left = deadline - time.monotonic()
-            if left <= 0 or not select.select([self.socket], [], [], left)[0]:
-                raise TimeoutError(f"no message within {timeout} s")
-            data = self.socket.recv(1 << 16)
-            if not data:
-                raise EOFError("the daemon has closed the connection")
-            self._messages += self._decoder.feed(data)
-        message: dict[str, Any] = self._messages.pop(0)
-        if "event" in message:
-            if self._ours:
-                EVENT_DATA[message["event"]].check(message["data"], message["event"])
-            self.events.append(message)
+    def receive(self, timeout_s: float = DEADLINE_S) -> dict[str, Any]:
+        message = super().receive(timeout_s)
+        if self._ours and "event" in message:
+            EVENT_DATA[message["event"]].check(message["data"], message["event"])
         return message
 
-    def ask(self, name: str, /, **arguments: Any) -> dict[str, Any]:
-        """Run a command: the reply, with ``return`` or ``error``.  Underscores in names of arguments are dashes."""
-        request = {"execute": name, "arguments": {key.replace("_", "-"): value for key, value in arguments.items()}}
-        return self.request(request)
-
     def request(self, request: dict[str, Any]) -> dict[str, Any]:
-        self.send(json.dumps(request).encode())
-        while True:
-            message = self.receive()
-            if "event" not in message:
-                break
+        message = super().request(request)
         if self._ours and "return" in message:
             BY_NAME[request["execute"]].gives.check(message["return"], request["execute"])
         return message
-
-    def execute(self, name: str, /, **arguments: Any) -> Any:
-        """Run a command that must succeed: what it returns."""
-        reply = self.ask(name, **arguments)
-        assert "return" in reply, f"{name} {arguments}: {reply}"
-        return reply["return"]
 
     def refusal(self, name: str, /, **arguments: Any) -> str:
         """Run a command that must be refused: why."""

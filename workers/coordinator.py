@@ -107,6 +107,7 @@ class CoordinatorSnapshot(SnapshotReader):
         self._pid = os.getpid()
         self._coordinator = coordinator
         self._entry = entry
+        self.serial = entry.serial
         self.cut_time_ns = entry.cut.time_ns
         self.drained_ns = entry.cut.drained_ns
 
@@ -135,7 +136,8 @@ class Coordinator:
     2 MiB (default 64 KiB).  slots: writing threads at once (default 64).  group: a group that may attach (mode 0660
     instead of 0600).  drain_limit: seconds that a cut may hold writes, then it is given up.  locking: QEMU's image lock
     (`permissions.py`): "auto", "on" (fail where the file system has none), "off".  state_dir: where persistent bitmaps
-    are while nobody serves the image (`saved.py`).
+    are while nobody serves the image (`saved.py`).  control: the socket over which this process can be asked for
+    backups, noted in the segment.
 
     CoordinatorRunningError: the image has a coordinator.  ImageInUseError: a QEMU has it.  ForeignSegmentError,
     LayoutVersionError: its shared memory belongs to somebody else.  ImageError, OSError: the image can't be served, or
@@ -155,6 +157,7 @@ class Coordinator:
         drain_limit: float = 0.1,
         locking: str = "auto",
         state_dir: str | os.PathLike[str] | None = None,
+        control: str = "",
     ) -> None:
         if not 1 <= workers <= 239:
             raise ValueError(f"workers: {workers} is not in 1..239")
@@ -205,6 +208,7 @@ class Coordinator:
             self._segment.set_header(Header.coordinator_pid, self._pid)
             self._segment.set_header(Header.started_ns, time.time_ns())
             self._segment.set_text(Header.image_path.offset, Header.image_path, os.path.abspath(self.path))
+            self._segment.set_text(Header.control.offset, Header.control, control)
             #: The image's dirty bitmaps.
             if adopted and self._saved is not None:
                 self._loaded = self._saved.load()

@@ -17,6 +17,10 @@ import socket
 import sys
 
 from shmcbw import __version__
+from shmcbw.errors import ShmcbwError
+from shmcbw.layout import SNAPSHOT_COUNT, Header
+from shmcbw.segment import COORDINATOR, attach_named, has_journal, identities
+from shmcbw.snapshots import state_of
 
 from .coordinator import Coordinator
 from .nodes import Graph
@@ -70,6 +74,10 @@ class Daemon:
             if self._desk.stopping:
                 return
             self._graph.serve_device(image.name(list(self._graph.nodes)), os.path.abspath(image.filename))
+        for path in left_behind(self._path):
+            log.info("%s was served by a daemon that died: served again", path)
+            self._graph.serve_again(path)
+        self._graph.store()
 
     def _served_text(self) -> str:
         names = [f"{served.coordinator.path} as {served.node.name}" for served, _ in self._graph.coordinators()]
@@ -77,7 +85,13 @@ class Daemon:
 
     def _serve(self, path: str, node_name: str) -> Coordinator:
         options = self._options
-        coordinator = Coordinator(path, workers=options.workers, cluster_size=options.cluster_size, slots=options.slots)
+        coordinator = Coordinator(
+            path,
+            workers=options.workers,
+            cluster_size=options.cluster_size,
+            slots=options.slots,
+            control=self._path,
+        )
         log.info("%s is served as node %s", path, node_name)
         return coordinator
 
@@ -92,6 +106,24 @@ class Daemon:
         """From a command's thread."""
         assert self._loop is not None
         self._loop.call_soon_threadsafe(self._stop, reason)
+
+
+def left_behind(control: str) -> list[str]:
+    """Images of dead daemons of this socket that have left a snapshot, a job or a bitmap."""
+    found = []
+    for identity in identities():
+        try:
+            segment = attach_named(identity, os.geteuid())
+        except (ShmcbwError, OSError):
+            continue
+        try:
+            ours = segment.text(Header.control.offset, Header.control) == control
+            states = [state_of(segment, index) for index in range(SNAPSHOT_COUNT)]
+            if ours and not segment.locked(COORDINATOR) and (any(states) or has_journal(segment)):
+                found.append(segment.text(Header.image_path.offset, Header.image_path))
+        finally:
+            segment.close()
+    return found
 
 
 def notify(state: str) -> None:

@@ -115,6 +115,20 @@ class Journal:
         return document
 
 
+def peek(segment: Segment, section: str) -> dict[str, Any]:
+    """A section as its coordinator has stored it, for somebody else: reads, and changes nothing.
+
+    Empty if there is no journal, or none of this segment; what is in it is to be checked.
+    """
+    uuid = bytes(segment.memory[Header.uuid.offset : Header.uuid.offset + Header.uuid.size]).hex()
+    try:
+        found = json.loads(read_file(segment, JOURNAL_SUFFIX, SIZE_MAX_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    content = found.get(section) if isinstance(found, dict) and found.get("uuid") == uuid else None
+    return content if isinstance(content, dict) else {}
+
+
 def replace_file(segment: Segment, suffix: str, data: bytes) -> None:
     """Store ``data`` beside the segment, under its name and a suffix, in the place of what is there.
 

@@ -11,16 +11,21 @@ A node that another one or a job stands on can't be removed.  Everything here ru
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import stat
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from shmcbw.errors import ShmcbwError
 from shmcbw.image import Identity, ImageFile
 
 from .coordinator import Coordinator, CoordinatorSnapshot
+from .jobs import CONCLUDED
 from .qmp.schema import QMPError
+
+log = logging.getLogger("shmcbw")
 
 NODE_NAME_BYTES_MAX = 31
 _WELL_FORMED = re.compile(r"[a-zA-Z][-._a-zA-Z0-9]*\Z")
@@ -126,6 +131,11 @@ class Served:
         #: Served since the daemon's start, as QEMU's drives are: it is a device of its node's name.
         self.device = device
 
+    def needed(self) -> bool:
+        """Whether the next daemon has something to come back for."""
+        coordinator = self.coordinator
+        return bool(coordinator.snapshots or [job for job in coordinator.jobs if job.status != CONCLUDED])
+
 
 class Graph:
     """All nodes and served images.  ``serve(path, node_name)`` makes a coordinator."""
@@ -211,7 +221,7 @@ class Graph:
                     served.node = others[-1]
                 else:
                     del self.served[identity]
-                    served.coordinator.close()
+                    self._close(served)
 
     @staticmethod
     def _names(node: Node, identity: Identity) -> bool:
@@ -232,6 +242,7 @@ class Graph:
         if found is None:
             found = Served(node, self._serve(file.path, node.name), device=False)
             self.served[identity] = found
+            self._restore(found)
         return found
 
     def image_if_served(self, node: Node) -> Served | None:
@@ -253,7 +264,26 @@ class Graph:
             raise QMPError(f"{path} is served already, as node {self.served[identity].node.name}")
         self.served[identity] = served = Served(node, self._serve(path, name), device=True)
         self.add(node)
+        self._restore(served)
         return served
+
+    def serve_again(self, path: str) -> None:
+        """Serve an image that a dead daemon served, by the nodes in its journal."""
+        identity = Identity.of(os.stat(path))
+        if identity in self.served:
+            return
+        coordinator = self._serve(path, "")
+        stored = coordinator.journal.document["nodes"]
+        served = Served(Node("", "file"), coordinator, device=False)
+        self.served[identity] = served
+        self._restore(served)
+        node = self.nodes.get(str(stored.get("served")))
+        if node is None or not self._names(node, identity):
+            log.warning("%s was served, but its journal does not say as which node: let go", path)
+            del self.served[identity]
+            coordinator.close()
+        else:
+            served.node = node
 
     def coordinators(self) -> Iterator[tuple[Served, Coordinator]]:
         for served in list(self.served.values()):
@@ -263,8 +293,82 @@ class Graph:
         """Close every coordinator: jobs are cancelled, snapshots dropped."""
         while self.served:
             _, served = self.served.popitem()
-            served.coordinator.close()
+            self._close(served)
         self.nodes.clear()
+
+    @staticmethod
+    def _close(served: Served) -> None:
+        # Nobody is to come back for it: a journal that says something keeps the segment.
+        _store(served, {})
+        served.coordinator.close()
+
+    # -- what a restarted daemon finds again -------------------------------------------------------------------------
+
+    def store(self) -> None:
+        """Write to the journal of each served image which nodes it has, if that has changed.
+
+        Those that name the image, its snapshots and their readers, and the targets of snapshots and jobs; nothing where
+        there is neither snapshot nor job nor bitmap, for a journal that says something keeps the segment.  A node that
+        only names a file is forgotten with the daemon.
+        """
+        for identity, served in list(self.served.items()):
+            nodes: dict[str, Any] = {}
+            if served.needed():
+                kept = [node for node in self.nodes.values() if self._belongs(node, served, identity)]
+                nodes = {"served": served.node.name, "nodes": [_to_json(node) for node in kept]}
+            _store(served, nodes)
+
+    def _belongs(self, node: Node, served: Served, identity: Identity) -> bool:
+        if any(self._belongs(parent, served, identity) for parent in node.parents):
+            return True
+        if isinstance(node, (SnapshotNode, AccessNode)):
+            return self._names(_image_node(node), identity)
+        return self._names(node, identity) or any(job.id in node.targets_of for job in served.coordinator.jobs)
+
+    def _restore(self, served: Served) -> None:
+        """Make the nodes again that are in an image's journal; its entries are checked, and dropped if they are wrong.
+
+        Then snapshots that no node names: the daemon died before it told anybody of them.
+        """
+        entries = served.coordinator.journal.document["nodes"].get("nodes", [])
+        for entry in entries if isinstance(entries, list) else []:
+            try:
+                self._restore_node(served, entry)
+            except (ShmcbwError, ValueError, TypeError, KeyError, AttributeError) as error:
+                log.warning("a node in the journal of %s is dropped: %s", served.coordinator.path, error)
+        named = {id(node.snapshot) for node in self.nodes.values() if isinstance(node, SnapshotNode)}
+        for snapshot in served.coordinator.snapshots:
+            if id(snapshot) not in named:
+                log.info("a snapshot of %s that nobody was told of is dropped", served.coordinator.path)
+                snapshot.close()
+
+    def _restore_node(self, served: Served, entry: dict[str, Any]) -> None:
+        name, driver, owned = str(entry["name"]), str(entry["driver"]), bool(entry["owned"])
+        if name in self.nodes:
+            return
+        if owned:
+            self.check_name(name)
+        children = tuple(self.nodes[str(child)] for child in entry["children"])
+        if driver in ("file", "host_device"):
+            path, read_only = str(entry["path"]), bool(entry["read-only"])
+            node: Node = FileNode(name, driver, path, read_only=read_only, owned=owned)
+        elif driver == "raw":
+            (below,) = children
+            node = Node(name, driver, (below,), owned=owned)
+        elif driver == "copy-before-write":
+            image, target = children
+            serial = entry["serial"]
+            found = [each for each in served.coordinator.snapshots if each.serial == serial]
+            if not found:
+                raise ValueError(f"{name} was a snapshot that is not there any more")
+            node = SnapshotNode(name, image, target, found[0])
+        elif driver == "snapshot-access" and isinstance(children[0], SnapshotNode):
+            node = AccessNode(name, children[0])
+        else:
+            raise ValueError(f"{name} is a {driver}")
+        self.add(node)
+        if not owned and name.startswith("#block") and name[6:].isdigit():
+            self._next_auto = max(self._next_auto, int(name[6:]) + 1)
 
     # -- what there is ---------------------------------------------------------------------------------------------
 
@@ -295,3 +399,31 @@ class Graph:
 
 def busy(node: Node) -> QMPError:
     return QMPError(f"Node '{node.name}' is busy: block device is in use by block job: backup")
+
+
+def _image_node(node: Node) -> Node:
+    """The node of an image that a snapshot or its reader stands on."""
+    while node.driver in ("copy-before-write", "snapshot-access"):
+        node = node.children[0]
+    return node
+
+
+def _to_json(node: Node) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "name": node.name,
+        "driver": node.driver,
+        "owned": node.owned,
+        "children": [child.name for child in node.children],
+    }
+    if isinstance(node, FileNode):
+        found |= {"path": node.path, "read-only": node.read_only}
+    if isinstance(node, SnapshotNode):
+        found["serial"] = node.snapshot.serial
+    return found
+
+
+def _store(served: Served, nodes: dict[str, Any]) -> None:
+    journal = served.coordinator.journal
+    if journal.document["nodes"] != nodes:
+        with journal.change() as document:
+            document["nodes"] = nodes

@@ -13,6 +13,7 @@ from ..coordinator import Coordinator
 from ..jobs import Job
 from ..nodes import Graph, Served
 from .schema import QMPError
+from .vocabulary import BY_NAME
 
 Arguments = dict[str, Any]
 Handler = Callable[["Desk", Arguments], Any]
@@ -34,7 +35,11 @@ class Desk:
 
     def execute(self, name: str, arguments: Arguments) -> Any:
         """Run a command whose arguments are checked."""
-        return self._handlers[name](self, arguments)
+        try:
+            return self._handlers[name](self, arguments)
+        finally:
+            if BY_NAME[name].alters:
+                self.graph.store()
 
     def image(self, name: str) -> Served:
         """The image that a node names, which has to be served."""

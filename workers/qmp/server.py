@@ -4,8 +4,8 @@ Everything that is shared lives on the event loop's thread.  The loop never bloc
 
 * a command runs in a thread.  The commands of one client run in order; those that alter something also take turns with
   the other clients', as in QEMU, so that a handler may look and then act;
-* a client that does not read its replies waits in its own task, and no more is read from it; one that lets events pile
-  up beyond `QUEUE_BYTES_MAX` is dropped;
+* a client that does not read its replies waits in its own task, and no more is read from it; one that leaves
+  `QUEUE_BYTES_MAX` of replies and events unread when an event comes is dropped;
 * what comes in is bounded by the decoder, how many come in by `CLIENTS_MAX`.
 
 Who may connect: the socket is 0600, and the kernel's word on the peer (SO_PEERCRED) must be our own user or root.
@@ -35,7 +35,7 @@ from .wire import Decoder, Malformed, encode
 log = logging.getLogger("shmcbw")
 
 CLIENTS_MAX = 128
-QUEUE_BYTES_MAX = 1 << 20
+QUEUE_BYTES_MAX = 4 << 20
 CLOSE_TIMEOUT_S = 2.0
 _READ_BYTES = 1 << 16
 _SOCKET_PATH_BYTES = 107
@@ -55,11 +55,14 @@ class Client:
         self.negotiated = False
 
     def send(self, message: Any) -> None:
-        """Queue a line; a client with too many of them is dropped."""
-        if self.writer.is_closing():
-            return
-        self.writer.write(encode(message))
-        if self.writer.transport.get_write_buffer_size() > QUEUE_BYTES_MAX:
+        """Queue a reply; the caller waits until there is room for the next one."""
+        if not self.writer.is_closing():
+            self.writer.write(encode(message))
+
+    def send_event(self, message: Any) -> None:
+        """Queue an event; a client that leaves too much unread is dropped."""
+        self.send(message)
+        if not self.writer.is_closing() and self.writer.transport.get_write_buffer_size() > QUEUE_BYTES_MAX:
             log.warning("QMP client %d does not read: dropped", self.number)
             self.writer.transport.abort()
 
@@ -127,7 +130,7 @@ class Server:
     def _broadcast(self, message: dict[str, Any]) -> None:
         for client in list(self._clients):
             if client.negotiated:
-                client.send(message)
+                client.send_event(message)
 
     # -- one client ------------------------------------------------------------------------------------------------
 
