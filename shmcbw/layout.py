@@ -70,9 +70,7 @@ class Header:
         264, 8, "creator", "all", "when the image was made: inode numbers are used again.  0: unknown"
     )
     resize_to = Word(272, 8, "coordinator lock", "all", "bytes that the image gets by a resize under way.  0: none is")
-    control = Word(
-        320, 128, "coordinator lock", "clients", "a daemon's QMP socket, ends with NUL; empty: none"
-    )
+    control = Word(320, 128, "coordinator lock", "clients", "a daemon's QMP socket, ends with NUL; empty: none")
     image_path = Word(512, 3072, "coordinator lock", "status", "for messages, ends with NUL")
     failpoints = Word(3584, 8 * (1 + FAILPOINT_COUNT), "who arms; who acts counts down", "all", "`failpoints.py`")
 
