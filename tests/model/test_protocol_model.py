@@ -11,10 +11,14 @@ import pytest
 
 from tools.model.__main__ import main, search_mutation, search_scenario
 from tools.model.explorer import Search, longest_run
-from tools.model.mutations import MUTATIONS, Mutation
+from tools.model.group.protocol import GROUP_STEPS, GroupProtocol
+from tools.model.group.scenarios import GROUP_SCENARIOS, group_scenario
+from tools.model.group.state import GroupScenario
+from tools.model.mutations import Mutation
 from tools.model.protocol import STEPS, Protocol
-from tools.model.scenarios import SCENARIOS, scenario
+from tools.model.scenarios import scenario
 from tools.model.state import WRITER_SEEN, Scenario
+from tools.model.worlds import MUTATIONS, WORLDS, Anyone
 
 SMALL = Scenario("small", writers=(((0,),), ((0,),)), cuts=1)
 """Small enough to be searched without reductions."""
@@ -26,8 +30,8 @@ def test_full_scenario_is_two_writers_one_worker_one_reader_two_cuts_one_kill() 
     assert full.unchanged
 
 
-@pytest.mark.parametrize("world", SCENARIOS, ids=lambda world: world.name)
-def test_protocol_holds(world: Scenario) -> None:
+@pytest.mark.parametrize("world", WORLDS, ids=lambda world: world.name)
+def test_protocol_holds(world: Anyone) -> None:
     verdict = search_scenario(world)
     assert (verdict.broken, verdict.what) == ("", "")
 
@@ -72,6 +76,21 @@ def test_every_run_ends(name: str) -> None:
     assert longest_run(Search(Protocol, without_reader)) is not None
 
 
+@pytest.mark.parametrize("world", GROUP_SCENARIOS, ids=lambda world: world.name)
+def test_every_run_of_two_images_ends(world: GroupScenario) -> None:
+    assert longest_run(Search(GroupProtocol, world)) is not None
+
+
+def test_two_images_hold_without_reductions() -> None:
+    assert search_scenario(GroupScenario("small", writers=((0, 1),), kills=2), reduced=False).broken == ""
+
+
+def test_every_step_of_the_group_cut_is_done_and_no_other() -> None:
+    search = Search(GroupProtocol, group_scenario("adopters"), reduced=False)
+    done = {name for state in search.reachable() for name, _, _ in search.protocol.steps(state)}
+    assert done == set(GROUP_STEPS)
+
+
 def test_every_step_of_the_table_is_done_and_no_other() -> None:
     world = Scenario("tiny", writers=(((0,),),), cuts=1, attach=True, drop=True)
     search = Search(Protocol, world, reduced=False)
@@ -111,3 +130,7 @@ def test_command_prints_a_trace(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert "worker 1 publish" in printed
     assert "CONTENT: a reader returned wrong data from the target" in printed
+    assert main(["--trace", "no-group-word"]) == 0
+    printed = capsys.readouterr().out
+    assert "group publish 0" in printed
+    assert "ALL: the snapshot of image 0 counts, that of image 1 is gone" in printed

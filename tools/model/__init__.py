@@ -8,9 +8,11 @@
 ``reader.py``
 ``protocol.py``     all steps together, by name; SIGKILL; what is one step, and why
 ``properties.py``   what must hold in every state, and at the end
-``scenarios.py``    the worlds that are searched
+``scenarios.py``    the worlds of one image that are searched
 ``mutations.py``    the protocol with one rule removed, once per rule
 ``reductions.py``   states that behave alike are visited once
+``group/``          two images and one cut, a model of its own
+``worlds.py``       what is searched, of one image and of two
 ``explorer.py``     breadth-first search, shortest counter-examples
 ``trace.py``        a counter-example for people
 

@@ -1,6 +1,6 @@
 """Search every scenario, then every mutation, and print what came out.
 
-    python -m tools.model                     everything, about a minute
+    python -m tools.model                     everything, some minutes
     python -m tools.model full no-drain       these scenarios and mutations
     python -m tools.model --trace no-drain    a counter-example, step by step
     python -m tools.model --steps             the steps and their names
@@ -15,21 +15,19 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 
 from tools.model.explorer import Search, Verdict
-from tools.model.mutations import MUTATIONS, Mutation
-from tools.model.properties import PROPERTIES
-from tools.model.protocol import STEPS, Protocol
-from tools.model.scenarios import SCENARIOS
-from tools.model.state import Scenario
+from tools.model.mutations import Mutation
 from tools.model.trace import lines
+from tools.model.worlds import LARGER, MUTATIONS, ONE_IMAGE, TWO_IMAGES, WORLDS, Anyone, kind_of
 
-ROW = "{:<20} {:<8} {:>9} {:>7}  {}"
+ROW = "{:<24} {:<8} {:>9} {:>7}  {}"
 
 
-def search_scenario(scenario: Scenario, *, reduced: bool = True) -> Verdict:
+def search_scenario(scenario: Anyone, *, reduced: bool = True) -> Verdict:
     """The protocol as it is, judged by everything."""
-    return Search(Protocol, scenario, judged=PROPERTIES, reduced=reduced).run()
+    return Search(kind_of(scenario).protocol, scenario, reduced=reduced).run()
 
 
 def search_mutation(mutation: Mutation, *, reduced: bool = True) -> Verdict:
@@ -53,7 +51,7 @@ def print_table(names: Sequence[str], *, reduced: bool) -> bool:
     """Search what is named, or everything; True if all verdicts are as expected."""
     good = True
     print(ROW.format("protocol", "scenario", "states", "time", "verdict"))
-    for scenario in SCENARIOS:
+    for scenario in (*WORLDS, *LARGER):
         if not names or scenario.name in names:
             started = time.monotonic()
             verdict = search_scenario(scenario, reduced=reduced)
@@ -72,8 +70,9 @@ def print_trace(mutation: Mutation) -> None:
     verdict = search_mutation(mutation)
     print(f"{mutation.name}: {mutation.meaning}")
     print(f"scenario {mutation.scenario.name}: {mutation.scenario.size}\n")
+    kind = kind_of(mutation.scenario)
     layout = Search(mutation.protocol, mutation.scenario).protocol.layout
-    for line in lines(layout, verdict.trace):
+    for line in lines(partial(kind.words, layout), {**kind.steps, **kind.mutated_steps}, verdict.trace):
         print(line)
     print(f"\n{verdict.broken}: {verdict.what}" if verdict.broken else "holds")
 
@@ -85,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     mutations = {mutation.name: mutation for mutation in MUTATIONS}
-    known = [scenario.name for scenario in SCENARIOS] + list(mutations)
+    known = [scenario.name for scenario in (*WORLDS, *LARGER)] + list(mutations)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(known)}")
     parser.add_argument("--trace", metavar="MUTATION", choices=mutations, help="how it breaks")
     parser.add_argument("--steps", action="store_true", help="print the steps' names")
@@ -94,8 +93,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := set(options.names) - set(known):
         parser.error(f"no such scenario or mutation: {', '.join(sorted(unknown))}")
     if options.steps:
-        for name, meaning in STEPS.items():
-            print(f"{name:<26} {meaning}")
+        for title, kind in (("one image", ONE_IMAGE), ("two images, one cut", TWO_IMAGES)):
+            print(f"{title}:")
+            for name, meaning in kind.steps.items():
+                print(f"  {name:<26} {meaning}")
         return 0
     if options.trace is not None:
         print_trace(mutations[options.trace])

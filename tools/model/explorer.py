@@ -8,14 +8,12 @@ been judged before, no counter-example is shorter.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
-from tools.model.properties import MEANS, PROPERTIES
-from tools.model.protocol import Protocol
-from tools.model.reductions import Reductions
-from tools.model.state import Scenario
 from tools.model.world import Step
+from tools.model.worlds import Anyone, kind_of
 
 
 @dataclass(frozen=True)
@@ -45,26 +43,27 @@ class TooManyStates(RuntimeError):
 
 
 class Search:
-    """One search: a protocol in a scenario, judged by some properties.
+    """One search: a protocol in a scenario, judged by some properties (None: by all of its kind of world).
 
     ``reduced=False`` keeps all states apart and does kills that can make no difference.
     """
 
     def __init__(
         self,
-        protocol: type[Protocol],
-        scenario: Scenario,
+        protocol: Callable[..., Any],
+        scenario: Anyone,
         *,
-        judged: Iterable[str] = tuple(PROPERTIES),
+        judged: Iterable[str] | None = None,
         reduced: bool = True,
     ) -> None:
-        self._judged = {name: PROPERTIES[name] for name in judged}
+        kind = kind_of(scenario)
+        self._judged = {name: kind.properties[name] for name in judged or kind.properties}
         self.protocol = protocol(
             scenario,
-            judge_means=any(name in MEANS for name in self._judged),
+            judge_means=any(name in kind.means for name in self._judged),
             every_kill=not reduced,
         )
-        self.reductions = Reductions(self.protocol)
+        self.reductions = kind.reductions(self.protocol)
         self._reduced = reduced
 
     def run(self, limit_states: int = 20_000_000) -> Verdict:

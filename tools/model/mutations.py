@@ -12,6 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
+from tools.model.group.protocol import GroupProtocol
+from tools.model.group.state import GroupScenario
 from tools.model.protocol import Protocol
 from tools.model.scenarios import scenario
 from tools.model.state import (
@@ -442,9 +444,9 @@ class Mutation:
     """A rule removed: the protocol without it, the promise that breaks, and where."""
 
     name: str
-    protocol: type[Protocol]
+    protocol: type[Protocol] | type[GroupProtocol]
     promise: str
-    scenario: Scenario
+    scenario: Scenario | GroupScenario
 
     @property
     def meaning(self) -> str:

@@ -29,6 +29,15 @@ attach  a dead writer's slot gets a new owner
 drop    snapshot 1 is dropped while it is in use
 """
 
+LARGER: Final = (
+    Scenario("crowd", writers=(ONE, ONE, ONE), cuts=1, unchanged=False, reader=False),
+    Scenario("storm", writers=(ONE, ONE), kills=3, unchanged=False),
+)
+"""
+crowd   three writers
+storm   three kills, two cuts and a reader
+"""
+
 
 def scenario(name: str) -> Scenario:
     return next(scenario for scenario in SCENARIOS if scenario.name == name)

@@ -8,10 +8,9 @@ slot clear has no line of its own: it does at once (``reductions.py``).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final
 
-from tools.model import mutations, protocol
 from tools.model.state import (
     COPIED,
     CUT,
@@ -47,9 +46,16 @@ NUMBERED: Final = (
     "coordinator.return_claims",
     "kill.writer",
     "kill.worker",
+    "group.see_slot",
 )
 """Steps that say to which slot, writer or worker they happen."""
 
+OF_AN_IMAGE: Final = {
+    *(f"group.{step}" for step in ("close", "publish", "open", "finish", "break", "abandon", "free")),
+    *(f"adopt.{step}" for step in ("abandon", "open", "ask", "look", "repeat", "tell", "keep", "drop", "finish")),
+    "kill.adopter",
+}
+"""Steps that say to which image they happen; images are counted from 0."""
 
 STUCK: Final = {
     "writer.blocked": "has no step until somebody else does one",
@@ -108,18 +114,22 @@ def _byte(value: int) -> str:
     return "COPIED" if value == COPIED else f"COPYING by worker {value}"
 
 
-def lines(at: Layout, trace: Sequence[Step]) -> Iterator[str]:
+def lines(
+    words: Callable[[bytes], dict[str, str]], meanings: Mapping[str, str], trace: Sequence[Step]
+) -> Iterator[str]:
     """The trace as text, the first state left out: all idle, nothing written, epoch 2."""
-    meanings = protocol.STEPS | mutations.STEPS | STUCK
-    before = words(at, trace[0][2])
+    meanings = {**meanings, **STUCK}
+    before = words(trace[0][2])
     for number, (name, process, state) in enumerate(trace[1:], start=1):
         subject, _, action = name.partition(".")
         if subject in ("writer", "worker"):
             subject += f" {process + 1}"
         elif name in NUMBERED:
             action += f" {process + 1}"
+        elif name in OF_AN_IMAGE:
+            action += f" {process}"
         yield f"{number:3}  {f'{subject} {action}':<26} {meanings[name]}"
-        after = words(at, state)
+        after = words(state)
         for word, value in after.items():
             if before.get(word, value) != value:
                 yield f"{'':9}{word}: {before[word]} -> {value}"
