@@ -26,6 +26,7 @@ import struct
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from shmcbw.dirty import DirtyBitmap, DirtySet, EpochMap
@@ -55,6 +56,19 @@ DEFAULT_GRANULARITY_MIN, DEFAULT_GRANULARITY_MAX = 4096, 65536
 def segment_uuid(segment: Segment) -> str:
     """The generation of a control segment, 32 hexadecimal digits."""
     return bytes(segment.memory[Header.uuid.offset : Header.uuid.offset + Header.uuid.size]).hex()
+
+
+@dataclass(frozen=True, slots=True)
+class BitmapAction:
+    """A change to a bitmap: ``verb`` is add, remove, clear, enable, disable or merge; the rest as the methods of
+    `Bitmaps` take it."""
+
+    verb: str
+    name: str
+    granularity: int | None = None
+    persistent: bool = False
+    disabled: bool = False
+    sources: tuple[str, ...] = ()
 
 
 class Bitmaps(Mapping[str, DirtyBitmap]):
@@ -108,10 +122,7 @@ class Bitmaps(Mapping[str, DirtyBitmap]):
 
     def find(self, name: str) -> DirtyBitmap:
         """The bitmap with this name, or BitmapError."""
-        try:
-            return self._bitmaps[name]
-        except KeyError:
-            raise BitmapError(f"Dirty bitmap '{name}' not found") from None
+        return _find(self._bitmaps, name)
 
     # -- what a user does --------------------------------------------------------------------------------------------
 
@@ -126,60 +137,83 @@ class Bitmaps(Mapping[str, DirtyBitmap]):
     ) -> None:
         """A new, empty bitmap, which records unless ``disabled``.  ``granularity``: default as QEMU's, the cluster size
         between 4 KiB and 64 KiB.  ``at``: the boundary from which on it records, for a transaction; else now."""
-        if granularity is None:
-            granularity = min(max(self.epochs.cluster_size, DEFAULT_GRANULARITY_MIN), DEFAULT_GRANULARITY_MAX)
-        made = DirtyBitmap(name, granularity, start=None, persistent=persistent)
-        if persistent:
-            if self._saved is None:
-                raise BitmapError(f"Can't store persistent bitmap '{name}': the coordinator has no state directory")
-            self._saved.check_image()
-        with self._lock:
-            if name in self._bitmaps:
-                raise BitmapError(f"Bitmap already exists: {name}")
-            if len(self._bitmaps) >= COUNT_MAX:
-                raise BitmapError(f"the image has {COUNT_MAX} bitmaps already")
-            if not disabled:
-                made.enable(at or self.boundary())
-            with self._change() as bitmaps:
-                bitmaps[name] = made
+        self.run([BitmapAction("add", name, granularity, persistent, disabled)], at=at)
 
     def remove(self, name: str) -> None:
         """Also an inconsistent one; refused while it is in use."""
-        with self._lock, self._change() as bitmaps:
-            self.find(name).check(inconsistent=False)
-            del bitmaps[name]
+        self.run([BitmapAction("remove", name)])
 
     def clear(self, name: str, *, at: Point | None = None) -> None:
-        with self._lock:
-            found = self.find(name)
-            found.check()
-            boundary = at or (self.boundary() if found.recording else self.last_boundary)
-            with self._change() as bitmaps:
-                bitmaps[name].clear(boundary)
+        self.run([BitmapAction("clear", name)], at=at)
 
     def enable(self, name: str, *, at: Point | None = None) -> None:
-        with self._lock:
-            found = self.find(name)
-            found.check()
-            if not found.recording:
-                boundary = at or self.boundary()
-                with self._change() as bitmaps:
-                    bitmaps[name].enable(boundary)
+        self.run([BitmapAction("enable", name)], at=at)
 
     def disable(self, name: str) -> None:
         """Record no more.  Every write that ended before this call is in it."""
-        with self._lock:
-            self.find(name).check()
-            with self._change() as bitmaps:
-                bitmaps[name].disable(self.epochs, self.last_boundary)
+        self.run([BitmapAction("disable", name)])
 
     def merge(self, target: str, sources: Sequence[str]) -> None:
         """Add what ``sources`` hold now to ``target``; granularities may differ."""
+        self.run([BitmapAction("merge", target, sources=tuple(sources))])
+
+    def run(self, actions: Sequence[BitmapAction], *, at: Point | None = None) -> None:
+        """Several changes in order, as one: all of them or none.  ``at``: as in `add`."""
         with self._lock:
-            self.find(target).check()
-            found = [self.find(source) for source in sources]
+            if self.check(actions) and at is None:
+                at = self.boundary()
             with self._change() as bitmaps:
-                bitmaps[target].merge(self.epochs, found, self.last_boundary)
+                for action in actions:
+                    self._act(bitmaps, action, at or self.last_boundary)
+
+    def check(self, actions: Sequence[BitmapAction]) -> bool:
+        """Try what `run` would do, and change nothing: whether it needs a boundary.  BitmapError."""
+        with self._lock:
+            tried = {name: copy.copy(bitmap) for name, bitmap in self._bitmaps.items()}
+            # All of them are tried, whatever the first one says.
+            records = [self._act(tried, action, self.last_boundary) for action in actions]
+            return any(records)
+
+    def _act(self, bitmaps: dict[str, DirtyBitmap], action: BitmapAction, boundary: Point) -> bool:
+        """Change copies: whether something records from the boundary on."""
+        name = action.name
+        if action.verb == "add":
+            self._add(bitmaps, action, boundary)
+            return not action.disabled
+        found = _find(bitmaps, name)
+        found.check(inconsistent=action.verb != "remove")
+        recorded = found.recording
+        if action.verb == "remove":
+            del bitmaps[name]
+        elif action.verb == "clear":
+            found.clear(boundary)
+        elif action.verb == "enable":
+            found.enable(boundary)
+        elif action.verb == "disable":
+            # What is after the last boundary may be in it, and is not covered: so not up to one that is to come.
+            found.disable(self.epochs, self.last_boundary)
+        else:
+            found.merge(self.epochs, [_find(bitmaps, source) for source in action.sources], self.last_boundary)
+        return (action.verb == "clear" and recorded) or (action.verb == "enable" and not recorded)
+
+    def _add(self, bitmaps: dict[str, DirtyBitmap], action: BitmapAction, boundary: Point) -> None:
+        granularity = action.granularity
+        if granularity is None:
+            granularity = min(max(self.epochs.cluster_size, DEFAULT_GRANULARITY_MIN), DEFAULT_GRANULARITY_MAX)
+        made = DirtyBitmap(action.name, granularity, start=None, persistent=action.persistent)
+        if action.persistent:
+            if self._saved is None:
+                raise BitmapError(
+                    f"Can't store persistent bitmap '{action.name}': the coordinator has no state directory"
+                )
+            self._saved.check_image()
+        if action.name in bitmaps:
+            raise BitmapError(f"Bitmap already exists: {action.name}")
+        if len(bitmaps) >= COUNT_MAX:
+            raise BitmapError(f"the image has {COUNT_MAX} bitmaps already")
+        if not action.disabled:
+            made.enable(boundary)
+        bitmaps[action.name] = made
 
     def query(self) -> list[dict[str, Any]]:
         """As ``dirty-bitmaps`` in QEMU's queries."""
@@ -398,6 +432,13 @@ class Bitmaps(Mapping[str, DirtyBitmap]):
         size = self.epochs.size_bytes
         limit = _SET_HEADER.size + -(-size // 512) // 8 + 1
         return unpack_set(read_file(self._segment, f"{SET_SUFFIX}{number}", limit), size)
+
+
+def _find(bitmaps: Mapping[str, DirtyBitmap], name: str) -> DirtyBitmap:
+    try:
+        return bitmaps[name]
+    except KeyError:
+        raise BitmapError(f"Dirty bitmap '{name}' not found") from None
 
 
 def _persistent(bitmaps: Mapping[str, DirtyBitmap]) -> set[str]:

@@ -134,7 +134,8 @@ class Served:
     def needed(self) -> bool:
         """Whether the next daemon has something to come back for."""
         coordinator = self.coordinator
-        return bool(coordinator.snapshots or [job for job in coordinator.jobs if job.status != CONCLUDED])
+        jobs = [job for job in coordinator.jobs if job.status != CONCLUDED]
+        return bool(coordinator.snapshots or jobs or coordinator.bitmaps)
 
 
 class Graph:

@@ -106,6 +106,9 @@ def _describe(desk: Desk, node: Node) -> dict[str, Any]:
     served = desk.graph.image_if_served(node)
     if served is not None:
         found["image"]["cluster-size"] = served.coordinator.segment.geometry.cluster_size
+        bitmaps = served.coordinator.bitmaps.query() if served.node is node else []
+        if bitmaps:
+            found["dirty-bitmaps"] = bitmaps
     return found
 
 
