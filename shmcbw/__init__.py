@@ -27,8 +27,10 @@ from .errors import (
     ManifestError,
     NoCoordinatorError,
     NoFreeSlotError,
+    NoSnapshotError,
     OutOfRangeError,
     ReadOnlyImageError,
+    ResizeRefusedError,
     ShmcbwError,
     SnapshotBrokenError,
     SnapshotInaccessibleError,
@@ -36,6 +38,7 @@ from .errors import (
     VerificationError,
 )
 from .filter import Disk, open
+from .reader import Extent, SnapshotReader, open_snapshot
 
 __version__ = "0.1.0"
 
@@ -47,6 +50,7 @@ __all__ = [
     "CopyTimeoutError",
     "CutAbandonedError",
     "Disk",
+    "Extent",
     "ForeignSegmentError",
     "ImageInUseError",
     "JobCancelledError",
@@ -55,13 +59,17 @@ __all__ = [
     "ManifestError",
     "NoCoordinatorError",
     "NoFreeSlotError",
+    "NoSnapshotError",
     "OutOfRangeError",
     "ReadOnlyImageError",
+    "ResizeRefusedError",
     "ShmcbwError",
     "SnapshotBrokenError",
     "SnapshotInaccessibleError",
+    "SnapshotReader",
     "TargetRefusedError",
     "VerificationError",
     "__version__",
     "open",
+    "open_snapshot",
 ]

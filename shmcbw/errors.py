@@ -28,6 +28,7 @@ __all__ = [
     "NoCoordinatorError",
     "NoFreeSlotError",
     "NoFreeSnapshotError",
+    "NoSnapshotError",
     "OutOfRangeError",
     "PoolError",
     "QuiesceError",
@@ -103,6 +104,12 @@ class NoFreeSlotError(ShmcbwError):
 
 class NoFreeSnapshotError(ShmcbwError):
     """All snapshots of the image are taken: close one."""
+
+
+class NoSnapshotError(ShmcbwError, LookupError):
+    """The image has no snapshot of that number or name, or more than one where none was named."""
+
+    exit_status = 3
 
 
 class EpochsExhaustedError(ShmcbwError):

@@ -102,6 +102,7 @@ POINTS = (
     Failpoint("resize.committed", "resize", "the new size counts, it is still announced"),
     Failpoint("reader.looked", "read", "the cluster's byte was looked at"),
     Failpoint("reader.read", "read", "source or target was read, the second look not yet taken"),
+    Failpoint("reader.discard", "discard", "a run of clusters was looked at, not yet let go"),
 )
 
 _INDEX = {point.name: index for index, point in enumerate(POINTS)}

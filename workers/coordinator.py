@@ -17,7 +17,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -41,6 +41,7 @@ from shmcbw.failpoints import hit, index_of
 from shmcbw.groups import resolve as resolve_group
 from shmcbw.image import Identity, ImageFile
 from shmcbw.layout import SNAPSHOT_COUNT, WORKER_COUNT_MIN, Geometry, Header, Slot, Snapshot
+from shmcbw.reader import SnapshotReader
 from shmcbw.segment import (
     COORDINATOR,
     Access,
@@ -54,7 +55,7 @@ from shmcbw.segment import (
     worker_lives,
 )
 from shmcbw.slots import reap_slot
-from shmcbw.snapshots import SnapshotReader, break_snapshot, broken_error, state_of, target_path, wake_all
+from shmcbw.snapshots import break_snapshot, broken_error, state_of, target_path, wake_all
 from shmcbw.status import describe_segment
 
 from . import jobs
@@ -119,14 +120,6 @@ class CoordinatorSnapshot(SnapshotReader):
         # In a forked child this is a copy: the snapshot is the parent's.
         if self._pid == os.getpid():
             self._coordinator.drop_snapshot(self._entry)
-
-    def __enter__(self) -> CoordinatorSnapshot:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class Coordinator:
@@ -382,15 +375,24 @@ class Coordinator:
         on_cbw_error: str = "break-snapshot",
         cbw_timeout: float = 30.0,
         overwrite: bool = False,
+        access: Iterable[tuple[int, int]] | None = None,
         quiesce: Quiesce | None = None,
     ) -> CoordinatorSnapshot:
         """Take a snapshot without background copying: old content goes to
         ``SCRATCH.shmcbw-partial``, removed at the end.
 
-        Parameters and errors as for `backup`.
+        access: the (offset, length) in bytes, in order, that may be read; clusters that none of them touches are
+        neither copied nor accessible.  Parameters and errors as for `backup`.
         """
         wanted = Scratch(self, scratch, on_cbw_error=on_cbw_error, cbw_timeout=cbw_timeout, overwrite=overwrite)
-        return snapshot_group([wanted], quiesce=quiesce)[0]
+        snapshot = snapshot_group([wanted], quiesce=quiesce)[0]
+        if access is not None:
+            try:
+                snapshot.limit(access)
+            except BaseException:
+                snapshot.close()
+                raise
+        return snapshot
 
     @property
     def jobs(self) -> list[Job]:

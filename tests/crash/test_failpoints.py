@@ -42,8 +42,8 @@ PART = 20
 ELSEWHERE = {"break.error", "break.state", "gate.entries", "journal.written", "journal.renamed"}
 #: Those of groups: test_groups.py.
 ELSEWHERE |= {point.name for point in POINTS if point.name.startswith("coordinator.group_")}
-#: test_resize_kill.py.
-ELSEWHERE |= {point.name for point in POINTS if point.protocol == "resize"}
+#: test_resize_kill.py, test_reader.py.
+ELSEWHERE |= {point.name for point in POINTS if point.protocol in ("resize", "discard")}
 EVERYWHERE = [(point.name, action) for point in POINTS if point.name not in ELSEWHERE for action in ("kill", "stop")]
 if os.environ.get("SHMCBW_MATRIX") != "all":
     EVERYWHERE = sorted(random.Random(SEED).sample(EVERYWHERE, PART))

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 import shmcbw
 from shmcbw.layout import Snapshot
-from shmcbw.snapshots import Extent, break_snapshot, store_first_error
+from shmcbw.reader import Extent
+from shmcbw.snapshots import break_snapshot, store_first_error
 from shmcbw.workers import Coordinator
 from tests.processes import running, write_forever
 

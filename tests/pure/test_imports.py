@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ORDER = [
     "errors", "clusters", "layout", "states", "sizes", "_core", "failpoints", "image", "segment",
     "bitmap", "slots", "epochs", "points", "dirty", "groups",
-    "snapshots", "filter", "status", "invariants", "doctor", "__init__", "cli", "__main__",
+    "snapshots", "reader", "filter", "status", "invariants", "doctor", "__init__", "cli", "__main__",
 ]  # fmt: skip
 TOP = {"cli", "__main__"}
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from shmcbw import failpoints
 from shmcbw.layout import HISTOGRAM_COUNT, Slot
-from shmcbw.snapshots import SnapshotReader
+from shmcbw.reader import SnapshotReader
 from shmcbw.status import describe_segment
 
 from ..nodes import AccessNode
