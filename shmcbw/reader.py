@@ -89,7 +89,8 @@ class SnapshotReader:
         self._honest_holes = _core.file_system(image.fd) in HONEST_HOLES
         self._closed = False
         #: Of a backup: its target gets its name, and must not have holes.  Now, for the entry may be used again.
-        self._is_backup = bool(segment.snapshot(index, Snapshot.background))
+        is_job = bool(segment.snapshot(index, Snapshot.job))
+        self._is_backup = is_job and segment.snapshot(index, Snapshot.sync) != states.SYNC_NONE
         #: Threads by calls that are inside.  `close` waits for them: a closed file's number is soon another file's.
         self._inside: dict[object, int] = {}
         self._inside_pid = os.getpid()
@@ -452,13 +453,13 @@ def _find(segment: Segment, image: str, wanted: int | str | os.PathLike[str] | N
         if state_of(segment, index) in (states.ACTIVE, states.BROKEN, states.COMPLETE) and counts(segment, index):
             serial = segment.snapshot(index, Snapshot.serial)
             there[index] = serial, target_path(segment, index)
-    names = {os.path.realpath(wanted)} if isinstance(wanted, (str, os.PathLike)) else set()
-    names |= {f"{name}{PARTIAL_SUFFIX}" for name in names}
-    found = [i for i, (serial, path) in there.items() if wanted is None or serial == wanted or path in names]
+    path = os.path.realpath(wanted) if isinstance(wanted, (str, os.PathLike)) else ""
+    names = {path, f"{path}{PARTIAL_SUFFIX}"} if path else set()
+    found = [i for i, (serial, name) in there.items() if wanted is None or serial == wanted or name in names]
     if len(found) == 1:
         return found[0], there[found[0]][0]
-    what = "the only one is asked for" if wanted is None else f"none is {os.fspath(wanted) if names else wanted}"
-    which = ", ".join(f"{serial} ({path.removesuffix(PARTIAL_SUFFIX)})" for serial, path in there.values()) or "none"
+    what = "the only one is asked for" if wanted is None else f"none is {path or wanted}"
+    which = ", ".join(f"{serial} ({name.removesuffix(PARTIAL_SUFFIX)})" for serial, name in there.values()) or "none"
     raise NoSnapshotError(f"{image}: {what}; its snapshots: {which}")
 
 

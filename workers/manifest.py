@@ -43,12 +43,11 @@ import xxhash
 from shmcbw.errors import ManifestError
 from shmcbw.image import Identity
 from shmcbw.points import Point
+from shmcbw.snapshots import PARTIAL_SUFFIX as PARTIAL_SUFFIX
 
 log = logging.getLogger("shmcbw")
 
 SUFFIX = ".shmcbw"
-#: Of whatever is not finished (targets.py).
-PARTIAL_SUFFIX = ".shmcbw-partial"
 MAGIC = b"shmcbw m"
 VERSION = 1
 HEADER_BYTES = 4096

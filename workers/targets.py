@@ -22,7 +22,6 @@ from shmcbw import _core
 from shmcbw.errors import ImageError, ManifestError, TargetRefusedError
 from shmcbw.image import Identity, ImageFile
 from shmcbw.layout import PATH_SIZE
-from shmcbw.snapshots import PARTIAL_SUFFIX
 
 from .manifest import CHANGING, FINISHED, REST, SUFFIX, Description, Manifest, sidecar
 from .manifest import PARTIAL_SUFFIX as PARTIAL_SUFFIX

@@ -388,17 +388,19 @@ def test_nothing_is_discarded_from_a_backup(image: Path, tmp_path: Path) -> None
         job = coordinator.backup(tmp_path / "out", speed=1)
         with shmcbw.open_snapshot(image, tmp_path / "out") as reader:
             assert reader.pread(SIZE, 0) == expected
-            for call in (lambda: reader.discard(SIZE, 0), lambda: reader.limit([])):
-                with pytest.raises(shmcbw.SnapshotInaccessibleError, match="backup") as caught:
-                    call()
-                assert caught.value.errno == errno.EPERM
+            with pytest.raises(shmcbw.SnapshotInaccessibleError, match="backup") as caught:
+                reader.discard(SIZE, 0)
+            assert caught.value.errno == errno.EPERM
+            with pytest.raises(shmcbw.SnapshotInaccessibleError, match="backup"):
+                reader.limit([])
             job.set_speed(0)
             job.wait(20)
             with coordinator.snapshot(tmp_path / "scratch"):
                 # The entry is another snapshot's now, from which one may discard.
-                for call in (lambda: reader.discard(SIZE, 0), lambda: reader.pread(1, 0)):
-                    with pytest.raises(shmcbw.ClosedError):
-                        call()
+                with pytest.raises(shmcbw.ClosedError):
+                    reader.discard(SIZE, 0)
+                with pytest.raises(shmcbw.ClosedError):
+                    reader.pread(1, 0)
     assert (tmp_path / "out").read_bytes() == expected
 
 
