@@ -62,7 +62,7 @@ def test_protocol_holds_without_reductions_and_with_every_kill() -> None:
     assert search_scenario(SMALL, reduced=False).broken == ""
 
 
-@pytest.mark.parametrize("name", ["kills", "attach"])
+@pytest.mark.parametrize("name", ["kills", "attach", "backup"])
 def test_every_run_ends(name: str) -> None:
     world = scenario(name)
     without_reader = Scenario(
@@ -72,6 +72,7 @@ def test_every_run_ends(name: str) -> None:
         kills=world.kills,
         reader=False,
         attach=world.attach,
+        finish=world.finish,
     )
     assert longest_run(Search(Protocol, without_reader)) is not None
 
@@ -92,7 +93,7 @@ def test_every_step_of_the_group_cut_is_done_and_no_other() -> None:
 
 
 def test_every_step_of_the_table_is_done_and_no_other() -> None:
-    world = Scenario("tiny", writers=(((0,),),), cuts=1, attach=True, drop=True)
+    world = Scenario("tiny", writers=(((0,),),), cuts=1, attach=True, drop=True, finish=True)
     search = Search(Protocol, world, reduced=False)
     done = {name for state in search.reachable() for name, _, _ in search.protocol.steps(state)}
     assert done == set(STEPS)

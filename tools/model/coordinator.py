@@ -7,6 +7,7 @@ from collections.abc import Callable
 from tools.model.state import (
     COORDINATOR,
     COORDINATOR_CUT,
+    COPIED,
     CUT,
     ENTRY_ODD,
     ENTRY_TOLD,
@@ -15,6 +16,7 @@ from tools.model.state import (
     WRITER_MARK,
     WRITER_SEEN,
     Coordinator,
+    Copy,
     Entry,
     Fault,
     Scenario,
@@ -162,6 +164,30 @@ class CoordinatorSteps(World):
         new = bytearray(state)
         new[self.entry[1]] = Entry.DROPPED
         return [("coordinator.drop", 0, bytes(new))]
+
+    def coordinator_complete(self, state: bytes) -> list[Step]:
+        """Backups end, beside everything else that a coordinator does, also one that has adopted them.
+
+        That the bytes were counted before the compare-and-swap makes no difference: no byte leaves COPIED.
+        """
+        if state[COORDINATOR] == Coordinator.DEAD:
+            return []
+        steps: list[Step] = []
+        for snapshot in self.layout.snapshots:
+            entry = self.entry[snapshot]
+            new = bytearray(state)
+            if state[entry] == Entry.ACTIVE and self.is_copied(state, snapshot):
+                new[entry] = Entry.COMPLETE
+                steps.append(("coordinator.complete", 0, bytes(new)))
+            elif state[entry] == Entry.COMPLETE:
+                new[entry] = Entry.NAMED
+                if any(state[at] != Copy.RIGHT for at in self.layout.target[snapshot]):
+                    new[FAULT] = Fault.WRONG_BACKUP
+                steps.append(("coordinator.name", 0, bytes(new)))
+        return steps
+
+    def is_copied(self, state: bytes, snapshot: int) -> bool:
+        return all(state[at] >= COPIED for at in self.layout.cluster_byte[snapshot])
 
     def coordinator_late(self, state: bytes) -> list[Step]:
         raise NotImplementedError("only a mutation is ever late")

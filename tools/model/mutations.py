@@ -18,14 +18,18 @@ from tools.model.protocol import Protocol
 from tools.model.scenarios import scenario
 from tools.model.state import (
     COORDINATOR,
+    COORDINATOR_CUT,
     COPIED,
     ENTRY_ODD,
     EPOCH,
     FAULT,
+    PENDING,
     READER,
     READER_CLUSTER,
     READER_SNAPSHOT,
+    WORKER_CLUSTER,
     WORKER_OWED,
+    WORKER_SNAPSHOT,
     WRITER_EPOCH,
     WRITER_KIND,
     WRITER_MARK,
@@ -315,6 +319,24 @@ class PatientGate(Protocol):
         return super().writer_gate(state, slot)[:-1]
 
 
+class AdopterLeavesGate(Protocol):
+    """A new coordinator abandons the dead one's cut and leaves the epoch to the gated writers."""
+
+    def coordinator_adopted(self, state: bytes) -> list[Step]:
+        new = bytearray(state)
+        self.next_cut(new)
+        return [("coordinator.adopt_open", 0, bytes(new))]
+
+
+class AdopterLeavesEntry(Protocol):
+    """A new coordinator opens the gate and leaves the dead one's entry PREPARED."""
+
+    def coordinator_adopt(self, state: bytes) -> list[Step]:
+        new = bytearray(state)
+        new[COORDINATOR] = Coordinator.ADOPTED
+        return [("coordinator.adopt", 0, bytes(new))]
+
+
 # -- copy, read, death -------------------------------------------------------------------------
 
 
@@ -397,6 +419,60 @@ class IdBeforeClaims(Protocol):
         return steps + [s for s in super().steps(state) if s[0] != "nobody" or not steps]
 
 
+class ClaimsOfTheLiving(Protocol):
+    """A worker that has not been heard of for a while is taken for dead, and its claims are returned."""
+
+    def worker_copy(self, state: bytes, worker: int) -> list[Step]:
+        return super().worker_copy(state, worker) + self.presumed_dead(state, worker)
+
+    def worker_publish(self, state: bytes, worker: int) -> list[Step]:
+        return super().worker_publish(state, worker) + self.presumed_dead(state, worker)
+
+    def presumed_dead(self, state: bytes, worker: int) -> list[Step]:
+        if state[COORDINATOR] == Coordinator.DEAD:
+            return []
+        new = bytearray(state)
+        self.return_claims(state, worker, new)
+        return [("coordinator.return_claims", worker, bytes(new))]
+
+    def set_copied(self, state: bytes, worker: int, new: bytearray) -> None:
+        """A byte that is not its own any more it leaves alone."""
+        k = self.layout.worker[worker]
+        at = self.layout.cluster_byte[state[k + WORKER_SNAPSHOT]][state[k + WORKER_CLUSTER]]
+        if state[at] == worker + 1:
+            new[at] = COPIED
+
+
+class CompleteByStore(Protocol):
+    """The coordinator finds a snapshot ACTIVE, counts its bytes, and stores COMPLETE: no CAS."""
+
+    FORGETS_UNREADABLE: ClassVar[bool] = False
+
+    def coordinator_complete(self, state: bytes) -> list[Step]:
+        steps = [step for step in super().coordinator_complete(state) if step[0] == "coordinator.name"]
+        for snapshot in self.layout.snapshots:
+            if state[COORDINATOR] == Coordinator.DONE and state[self.entry[snapshot]] == Entry.ACTIVE:
+                new = bytearray(state)
+                new[COORDINATOR] = Coordinator.LATE
+                new[COORDINATOR_CUT] = snapshot
+                steps.append(("coordinator.find_active", 0, bytes(new)))
+        return steps
+
+    def coordinator_late(self, state: bytes) -> list[Step]:
+        new = bytearray(state)
+        if self.is_copied(state, state[COORDINATOR_CUT]):
+            new[self.own_entry(state)] = Entry.COMPLETE
+        new[COORDINATOR], new[COORDINATOR_CUT] = Coordinator.DONE, 0
+        return [("coordinator.complete", 0, bytes(new))]
+
+
+class ClaimsAreCopies(Protocol):
+    """The coordinator takes a backup for complete when no byte is PENDING: a claim counts as done."""
+
+    def is_copied(self, state: bytes, snapshot: int) -> bool:
+        return all(state[at] != PENDING for at in self.layout.cluster_byte[snapshot])
+
+
 class ReapWithoutLock(Protocol):
     """The coordinator finds a slot's lock free and clears the slot later, without holding it."""
 
@@ -459,6 +535,7 @@ STEPS: Final[dict[str, str]] = {
     "writer.find_odd": "then: the epoch still is that odd value",
     "worker.start": "a new worker gets the dead one's id",
     "coordinator.find_prepared": "cut: the entry is PREPARED",
+    "coordinator.find_active": "a backup: its snapshot is ACTIVE",
     "coordinator.test_lock": "cut: a slot's mark is set and its lock free",
 }
 """Steps that only mutations do."""
@@ -484,8 +561,13 @@ MUTATIONS: Final = tuple(
         ("opened-by-store", OpenedByStore, "CONTENT", "full"),
         ("map-after-data", MapAfterData, "CHANGED", "full"),
         ("patient-gate", PatientGate, "WRITERS", "full"),
+        ("adopter-leaves-gate", AdopterLeavesGate, "END", "kills"),
+        ("adopter-leaves-entry", AdopterLeavesEntry, "END", "kills"),
         ("claims-not-returned", ClaimsNotReturned, "END", "full"),
         ("state-before-byte", StateBeforeByte, "CONTENT", "full"),
+        ("claims-of-the-living", ClaimsOfTheLiving, "CONTENT", "pool"),
+        ("complete-by-store", CompleteByStore, "BACKUP", "backup"),
+        ("claims-are-copies", ClaimsAreCopies, "BACKUP", "backup"),
         ("id-before-claims", IdBeforeClaims, "CONTENT", "pool"),
         ("reap-without-lock", ReapWithoutLock, "CONTENT", "attach"),
         ("drop-unseen", DropUnseen, "CONTENT", "drop"),

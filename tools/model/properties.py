@@ -13,15 +13,17 @@ property what         how it is asked here
 ======== ============ ==================================================================
 CONTENT  promise, I7  what a reader of snapshot k returns is the content at cut k
 TOLD     promise      a cut's caller hears success: its snapshot was published and is
-                      ACTIVE, BROKEN or DROPPED ever after; hears failure: it never is
+                      ACTIVE, BROKEN, DROPPED or COMPLETE ever after, or a backup;
+                      hears failure: it never is
+BACKUP   promise      a target that gets its name holds the content at the cut
 CHANGED  promise, I6  a cluster stored to after published cut k has a higher value in
                       the epoch map than the cut's odd epoch, whenever no live writer
                       is in flight (which is when a cut looks at the map)
 WRITERS  promise      a live writer always has a step of its own: nobody can block it
 END      promise, I3  when nobody has a step left: writers are through, the gate is
-                      open, each snapshot is complete, broken or dropped
+                      open, each snapshot is complete, broken, dropped or abandoned
 I1       means        a data store finds each ACTIVE snapshot COPIED
-I2       means        COPIED and ACTIVE: the target holds the content at the cut
+I2       means        COPIED and ACTIVE or COMPLETE: the target holds the content at the cut
 I5       means        at the instant of a publish no live writer has stored half its
                       data, and no data is stored until the epoch has moved on
 ======== ============ ==================================================================
@@ -94,6 +96,10 @@ def changed(protocol: Protocol, state: bytes) -> str:
     return ""
 
 
+def backup(_protocol: Protocol, state: bytes) -> str:
+    return "a finished backup is wrong" if state[FAULT] == Fault.WRONG_BACKUP else ""
+
+
 def writers(_protocol: Protocol, state: bytes) -> str:
     return "a live writer can be blocked for ever" if state[FAULT] == Fault.BLOCKED else ""
 
@@ -113,7 +119,7 @@ def i1(_protocol: Protocol, state: bytes) -> str:
 def i2(protocol: Protocol, state: bytes) -> str:
     at = protocol.layout
     for snapshot in at.snapshots:
-        if state[at.entry[snapshot]] != Entry.ACTIVE:
+        if state[at.entry[snapshot]] not in (Entry.ACTIVE, Entry.COMPLETE):
             continue
         for byte, target in zip(at.cluster_byte[snapshot], at.target[snapshot], strict=True):
             if state[byte] == COPIED and state[target] != Copy.RIGHT:
@@ -132,6 +138,7 @@ def i5(_protocol: Protocol, state: bytes) -> str:
 PROMISES: Final[dict[str, Property]] = {
     "CONTENT": content,
     "TOLD": told,
+    "BACKUP": backup,
     "CHANGED": changed,
     "WRITERS": writers,
     "END": end,

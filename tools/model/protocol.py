@@ -27,6 +27,10 @@ step here, one of these holds:
 (f) *The second look at data that is right is left out*: whatever it sees, data
     that is right may be returned, and going to the target is a run of its own.
 
+(g) *The sticky error and the state are one step* (``writer.break``): the error comes first and the
+    write goes on after the state has changed. Killed in between: an ACTIVE snapshot whose reads
+    fail and which nobody has written past; as if the break had not begun, until somebody ends it.
+
 A failed copy (byte back to PENDING, an error for the waiting slots) has no step:
 for others it is ``coordinator.return_claims`` followed by ``writer.break``.
 Semaphores have no step: they only wake, and a process that waits may look again
@@ -50,6 +54,7 @@ from tools.model.state import (
     WRITER_MARK,
     WRITER_SEEN,
     Coordinator,
+    Entry,
     Fault,
     Reader,
     Worker,
@@ -78,6 +83,8 @@ STEPS: Final[dict[str, str]] = {
     "coordinator.abandon": "cut, deadline passed: entry PREPARED -> ABANDONED (CAS)",
     "coordinator.open": "cut: epoch from the odd value to the next even one (CAS)",
     "coordinator.drop": "a snapshot is no longer needed: ACTIVE -> DROPPED (CAS)",
+    "coordinator.complete": "every byte of a backup is COPIED: ACTIVE -> COMPLETE (CAS)",
+    "coordinator.name": "COMPLETE: the target is synced and gets its name",
     "coordinator.adopt": "a new coordinator: entries PREPARED -> ABANDONED (CAS)",
     "coordinator.adopt_open": "then: an odd epoch to the next even one (CAS)",
     "coordinator.return_claims": "a worker's lock is free: its claims -> PENDING, start a new one",
@@ -119,6 +126,8 @@ class Protocol(WriterSteps, CoordinatorSteps, WorkerSteps, ReaderSteps):
             steps += self.worker_step[state[k]](state, worker)
         if self.scenario.drop:
             steps += self.coordinator_drop(state)
+        if self.scenario.finish:
+            steps += self.coordinator_complete(state)
         if not steps and not self.finished(state):
             steps.append(("nobody", 0, self.with_fault(state, Fault.UNFINISHED)))
         if self.scenario.reader:
@@ -128,9 +137,10 @@ class Protocol(WriterSteps, CoordinatorSteps, WorkerSteps, ReaderSteps):
         return steps
 
     def finished(self, state: bytes) -> bool:
-        """Writers through, coordinator idle, gate open, snapshots copied or given up."""
+        """Writers through, coordinator idle, gate open, no cut half taken, snapshots copied or given up."""
         return (
             all(state[w] >= Writer.DONE for w in self.layout.writer)
+            and all(state[entry] != Entry.PREPARED for entry in self.entry[1:])
             and state[COORDINATOR] == Coordinator.DONE
             and not state[EPOCH] & 1
             and not self.uncopied(state, self.layout.clusters)

@@ -45,7 +45,8 @@ class Reductions:
         *A writer killed out of flight is through.* Its slot is clear; nobody waits for
         it; unless a new process takes the slot, nothing will come from it any more.
 
-        *What is in a snapshot that is not ACTIVE is forgotten.* ACTIVE never comes back.
+        *What is in a snapshot that nobody can read is forgotten.* ACTIVE never comes back, and
+        what is COMPLETE stays until it has its name.
         Writers and workers look at ACTIVE snapshots alone, a reader looks at the state
         last and fails: the bytes, the target, a copy or a read under way have no effect.
         """
@@ -62,7 +63,7 @@ class Reductions:
                 new[w + WRITER_SEEN] = 1
         if self.protocol.FORGETS_UNREADABLE:
             for snapshot in self.layout.snapshots:
-                if state[self.layout.entry[snapshot]] > Entry.ACTIVE:
+                if state[self.layout.entry[snapshot]] in UNREADABLE:
                     new = self._forget(snapshot, new or bytearray(state))
         return state if new is None else bytes(new)
 
@@ -91,6 +92,9 @@ class Reductions:
             return state
         return state[: self.layout.writer[0]] + b"".join(ordered)
 
+
+UNREADABLE: Final = (Entry.BROKEN, Entry.ABANDONED, Entry.DROPPED, Entry.NAMED)
+"""States of an entry after which nobody looks at its bytes or its target."""
 
 THROUGH: Final = bytes((Writer.DONE, 0, 0, 0, 0, 0, 0))
 """The words of a writer that has nothing left to do."""

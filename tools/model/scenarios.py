@@ -17,6 +17,7 @@ SCENARIOS: Final = (
     Scenario("pool", writers=(ONE,), workers=2, clusters=2, cuts=1, unchanged=False),
     Scenario("attach", writers=(ONE, ONE), unchanged=False, attach=True),
     Scenario("drop", writers=(ONE,), drop=True, unchanged=False),
+    Scenario("backup", writers=(ONE, ONE), cuts=1, kills=2, finish=True, unchanged=False),
 )
 """What is searched, each to its end; the unmutated protocol holds in all of them.
 
@@ -27,15 +28,18 @@ kills   three kills, also of a process's successor: coordinator and worker dead 
 pool    two workers and two clusters
 attach  a dead writer's slot gets a new owner
 drop    snapshot 1 is dropped while it is in use
+backup  the snapshot is a backup, whose target gets its name; two kills, one of an adopter, say
 """
 
 LARGER: Final = (
     Scenario("crowd", writers=(ONE, ONE, ONE), cuts=1, unchanged=False, reader=False),
     Scenario("storm", writers=(ONE, ONE), kills=3, unchanged=False),
+    Scenario("backups", writers=(ONE, ONE), kills=1, finish=True, unchanged=False),
 )
 """
 crowd   three writers
 storm   three kills, two cuts and a reader
+backups two backups at once
 """
 
 

@@ -54,7 +54,7 @@ def name_of(word: type, value: int) -> str:
 class Entry:
     """State word of a snapshot table entry. The arrows are all there are (``properties.py``).
 
-    FREE -> PREPARED -> ACTIVE -> BROKEN | DROPPED, and PREPARED -> ABANDONED.
+    FREE -> PREPARED -> ACTIVE -> BROKEN | DROPPED | COMPLETE, PREPARED -> ABANDONED, COMPLETE -> NAMED.
     """
 
     FREE: Final = 0
@@ -63,6 +63,9 @@ class Entry:
     BROKEN: Final = 3
     ABANDONED: Final = 4
     DROPPED: Final = 5
+    COMPLETE: Final = 6
+    NAMED: Final = 7
+    """The target has its name: a finished backup, whoever looks. In the product the entry is FREE then."""
 
 
 class Told:
@@ -156,6 +159,7 @@ class Fault:
     DRAINED_STORE: Final = 5
     BLOCKED: Final = 6
     UNFINISHED: Final = 7
+    WRONG_BACKUP: Final = 8
 
 
 # Header: offsets from the start of the state.
@@ -202,7 +206,8 @@ class Scenario:
     cuts, from 1. ``kills`` is how many processes may be killed, each at any step.
     ``unchanged``: each write may be plain or unchanged. ``attach``: a dead writer's
     slot is taken by a new process, which does one more write. ``drop``: the
-    coordinator may drop snapshot 1 at any time.
+    coordinator may drop snapshot 1 at any time. ``finish``: snapshots are backups, which
+    end with a target that has its name.
     """
 
     name: str
@@ -215,6 +220,7 @@ class Scenario:
     unchanged: bool = True
     attach: bool = False
     drop: bool = False
+    finish: bool = False
 
     @property
     def size(self) -> str:

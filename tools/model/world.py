@@ -18,7 +18,7 @@ from tools.model.state import (
 Step = tuple[str, int, bytes]
 """Name, number of the process among its kind (from 0), state afterwards."""
 
-PUBLISHED: Final = (Entry.ACTIVE, Entry.BROKEN, Entry.DROPPED)
+PUBLISHED: Final = (Entry.ACTIVE, Entry.BROKEN, Entry.DROPPED, Entry.COMPLETE, Entry.NAMED)
 """The states of an entry whose cut has been published."""
 
 
