@@ -21,6 +21,7 @@ from shmcbw.errors import ImageInUseError, ResizeRefusedError
 from shmcbw.segment import SHM, StaleSegmentError, segment_name
 from shmcbw.status import describe_segment
 from shmcbw.workers import Coordinator
+from shmcbw.workers.restore import restore
 from tests.conftest import wait_for
 from tests.owner import Owner
 from tests.process.test_permissions import locked_bytes, storage_daemon
@@ -36,6 +37,12 @@ SEED = int(os.environ.get("SHMCBW_SEED", random.randrange(1 << 32)))
 @pytest.fixture
 def image(make_image: Callable[..., Path]) -> Path:
     return make_image(SIZE)
+
+
+@pytest.fixture
+def chance() -> random.Random:
+    print(f"seed {SEED}")
+    return random.Random(SEED)
 
 
 def marks(coordinator: Coordinator, first: int) -> set[int]:
@@ -96,9 +103,7 @@ def test_a_handle_is_as_large_when_it_is_asked(image: Path) -> None:
             assert other.pread((3 << 20) - SIZE - 4, SIZE)[: (2 << 20) - SIZE - 4].strip(b"\0") == b""
 
 
-def test_threads_of_one_handle_write_long_pieces_through_resizes(image: Path) -> None:
-    print(f"seed {SEED}")
-    chance = random.Random(SEED)
+def test_threads_of_one_handle_write_long_pieces_through_resizes(image: Path, chance: random.Random) -> None:
     final = 8 << 20
     parts = [range(start, start + (2 << 20)) for start in range(0, final, 2 << 20)]
     ends = [*sorted(chance.sample(range(SIZE + 1, final), 3)), final]
@@ -298,6 +303,38 @@ def test_a_forked_child_is_as_large_as_the_image(image: Path) -> None:
         process.start()
         process.join()
         assert process.exitcode == 0
+
+
+def test_bitmaps_carry_over_and_increments_across_a_resize_restore_the_image(
+    image: Path, tmp_path: Path, chance: random.Random
+) -> None:
+    """Base of the old size, increments of the old and of two larger ones; the old last cluster was partial."""
+    with Coordinator(image, workers=1) as coordinator, shmcbw.open(image) as disk:
+        coordinator.bitmaps.add("kept")
+        coordinator.bitmaps.add("stopped")
+        coordinator.backup(tmp_path / "base", bitmap="kept", bitmap_mode="on-success", sync="full").wait(20)
+        disk.pwrite(b"before", 0)
+        coordinator.bitmaps.disable("stopped")
+        assert list(coordinator.bitmaps.extents("stopped")) == [(0, K64)]
+        chain = [tmp_path / "base"]
+        for turn, size in enumerate((SIZE, SIZE + K64, 3 << 20)):
+            coordinator.resize(size)
+            for _ in range(5):
+                length = chance.randrange(1, 100_000)
+                disk.pwrite(chance.randbytes(length), chance.randrange(size - length))
+            increment = tmp_path / f"increment{turn}"
+            coordinator.backup(increment, bitmap="kept", sync="incremental").wait(20)
+            chain.append(increment)
+            restore([str(each) for each in chain], str(tmp_path / f"restored{turn}"))
+            assert (tmp_path / f"restored{turn}").read_bytes() == disk.pread(size, 0)
+        # What the resize has added is clean where nobody wrote.
+        assert list(coordinator.bitmaps.extents("kept")) == []
+        coordinator.resize(4 << 20)
+        assert list(coordinator.bitmaps.extents("kept")) == []
+        assert list(coordinator.bitmaps.extents("stopped")) == [(0, K64)]
+        coordinator.bitmaps.enable("stopped")
+        disk.pwrite(b"x", (4 << 20) - 1)
+        assert list(coordinator.bitmaps.extents("stopped"))[-1] == ((4 << 20) - K64, K64)
 
 
 def test_what_a_file_has_beyond_its_old_end_is_clean_and_what_a_device_has_is_not(image: Path) -> None:
