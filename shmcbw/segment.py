@@ -446,7 +446,7 @@ def attach(image: ImageFile) -> Segment:
         image.size_bytes = file_size(image.fd)
         resized = sizes != (segment.header(Header.image_size), segment.header(Header.resize_to))
         problem = ""
-        if image.size_bytes not in sizes:
+        if image.size_bytes not in (sizes[0], max(sizes)):
             problem = f"an image of {sizes[0]} bytes, the image has {image.size_bytes}"
         elif segment.header(Header.image_birth_ns) != image.birth_ns:
             problem = "another file, which had this file's inode number before"

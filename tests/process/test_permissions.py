@@ -89,14 +89,15 @@ def owning_qemu(directory: Path, image: Path) -> AbstractContextManager[subproce
 
 
 def locked_bytes(image: Path) -> set[int]:
-    """The bytes of the image on which somebody has a lock."""
+    """The bytes of QEMU's image lock on which somebody has a lock."""
     inode = str(os.stat(image).st_ino)
     found = set()
     for line in Path("/proc/locks").read_text().splitlines():
         fields = line.split()
-        if fields[1] == "OFDLCK" and fields[5].rpartition(":")[2] == inode:
+        if fields[1] == "OFDLCK" and fields[5].rpartition(":")[2] == inode and fields[7] != "EOF":
             found |= set(range(int(fields[6]), int(fields[7]) + 1))
-    return found
+    # Another file may have this inode's number, but not these bytes.
+    return found & {*range(100, 104), *range(200, 204)}
 
 
 def outcomes(image: Path, directory: Path) -> dict[str, bool]:
@@ -257,6 +258,51 @@ def test_a_memfd_is_locked_by_whatever_name_it_is_opened() -> None:
         assert write_by_qemu(path) == 0
     finally:
         os.close(fd)
+
+
+@contextmanager
+def mounted(directory: Path, *arguments: str) -> Iterator[Path]:
+    """A file system of its own."""
+    place = directory / "mounted"
+    place.mkdir()
+    subprocess.run(["mount", *arguments, str(place)], check=True)
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def test_an_image_on_a_read_only_file_system_is_locked_too(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        assert not os.environ.get("CI"), "CI must run as root"
+        pytest.skip("mounting needs root")
+    with mounted(tmp_path, "-t", "tmpfs", "shmcbw-test") as place:
+        image = place / "disk.img"
+        image.write_bytes(os.urandom(SIZE))
+        subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
+        with Coordinator(image, workers=1) as coordinator:
+            assert locked_bytes(image) == {100, 101, 201, 203}
+            coordinator.backup(tmp_path / "out").wait(20)
+            with pytest.raises(shmcbw.ReadOnlyImageError):
+                shmcbw.open(image)
+            with pytest.raises(OSError, match="Read-only file system"):
+                coordinator.resize(2 * SIZE)
+        assert (tmp_path / "out").read_bytes() == image.read_bytes()
+
+
+def test_a_block_device_is_locked_by_its_node(image: Path) -> None:
+    if os.geteuid() != 0:
+        assert not os.environ.get("CI"), "CI must run as root"
+        pytest.skip("a loop device needs root")
+    found = subprocess.run(["losetup", "--find", "--show", str(image)], capture_output=True, text=True, check=True)
+    device = Path(found.stdout.strip())
+    try:
+        with Coordinator(device, workers=1):
+            assert locked_bytes(device) == {100, 101, 201, 203}
+            assert write_by_qemu(device) != 0
+        assert write_by_qemu(device) == 0
+    finally:
+        subprocess.run(["losetup", "--detach", str(device)], check=True)
 
 
 def test_locking_can_be_switched_off(image: Path, tmp_path: Path) -> None:
