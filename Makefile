@@ -30,7 +30,7 @@ bench: $(VENV)/.installed-test
 	$(BIN)/python -m tools.bench $(BENCH_ARGS)
 
 matrix: $(VENV)/.installed-test
-	SHMCBW_MATRIX=all $(BIN)/python -m pytest tests/crash/test_failpoints.py
+	SHMCBW_MATRIX=all $(BIN)/python -m pytest tests/crash/test_matrix.py
 
 torture: $(VENV)/.installed-test
 	$(BIN)/python tools/torture.py --seconds 3600 $(TORTURE_ARGS)

@@ -12,7 +12,7 @@ from .layout import SNAPSHOT_COUNT, Header, Snapshot
 from .segment import Segment
 from .states import ABANDONED, PREPARED, state_word
 
-_ENTRIES = index_of("gate.entries")
+_ENTRIES, _OPENED = index_of("gate.entries"), index_of("gate.opened")
 EPOCH_MAX = 2**32 - 4
 
 
@@ -37,3 +37,4 @@ def abandon(segment: Segment, odd: int) -> None:
         segment.exchange_snapshot(index, Snapshot.state, state_word(PREPARED, odd), state_word(ABANDONED, odd))
     hit(segment.failpoints, _ENTRIES)
     advance(segment, odd)
+    hit(segment.failpoints, _OPENED)

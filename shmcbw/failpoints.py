@@ -53,14 +53,26 @@ POINTS = (
     Failpoint("writer.asleep", "write", "4: about to sleep"),
     Failpoint("writer.ready", "write", "4: the wait is over, the want withdrawn"),
     Failpoint("writer.map_marked", "write", "5: the epoch map is marked"),
+    Failpoint("writer.compared", "write", "6: an unchanged write was compared, the mark still set"),
     Failpoint("writer.half_stored", "write", "6: half of the data is stored"),
     Failpoint("writer.stored", "write", "6: the data is stored, the mark still set"),
     Failpoint("writer.gated", "gate", "the epoch was odd, the mark is cleared"),
     Failpoint("gate.entries", "gate", "a waiter has abandoned the entries, not yet the epoch"),
+    Failpoint("gate.opened", "gate", "a waiter has made the epoch even"),
     Failpoint("break.error", "break", "the sticky error is stored, not yet the state"),
     Failpoint("break.state", "break", "the state is BROKEN, the write not yet released"),
     Failpoint("slot.locked", "attach", "a slot's lock is taken, its words not yet cleared"),
     Failpoint("slot.taken", "attach", "a slot has its owner's pid"),
+    Failpoint("slot.cleared", "leave", "a slot's words are cleared, its lock not yet given back"),
+    Failpoint("retire.marked", "leave", "the segment is marked retired, its locks not yet looked at"),
+    Failpoint("retire.names", "leave", "semaphores and bitmaps are unlinked, the control segment not yet"),
+    Failpoint("create.allocated", "create", "the control segment has its name and its space, no owner yet"),
+    Failpoint("create.owned", "create", "its coordinator's lock is taken"),
+    Failpoint("create.semaphores", "create", "the semaphores are made"),
+    Failpoint("create.header", "create", "the header is filled in, but for the magic"),
+    Failpoint("worker.locked", "start", "a worker has the lock of its id, its entry is not filled in"),
+    Failpoint("worker.serving", "start", "its entry is filled in, it serves"),
+    Failpoint("worker.left", "start", "it has left: its entry is cleared, its lock not yet given back"),
     Failpoint("worker.opened", "prepare", "a target is open, not yet acknowledged"),
     Failpoint("worker.acknowledged", "prepare", "a target is acknowledged"),
     Failpoint("worker.claimed", "copy", "clusters are claimed for a writer"),
@@ -69,6 +81,10 @@ POINTS = (
     Failpoint("worker.copied", "copy", "a run is in the target, not yet published"),
     Failpoint("worker.published", "copy", "published, nobody woken yet"),
     Failpoint("worker.woke", "copy", "whoever waited is woken"),
+    Failpoint("worker.failed", "copy", "a failed copy's claims are returned, its error not delivered"),
+    Failpoint("worker.delivered", "copy", "the error is delivered, its writer not yet woken"),
+    Failpoint("worker.asleep", "copy", "there is nothing to do: about to sleep"),
+    Failpoint("coordinator.creating", "prepare", "the entry is CREATING: it names the target"),
     Failpoint("coordinator.target", "prepare", "the target is created"),
     Failpoint("coordinator.bitmap", "prepare", "the bitmap is created"),
     Failpoint("coordinator.preparing", "prepare", "the entry is PREPARING"),
@@ -83,15 +99,19 @@ POINTS = (
     Failpoint("coordinator.group_committed", "group cut", "the leader's word says committed, no other one"),
     Failpoint("coordinator.group_told_one", "group cut", "a member's word says so too, the next not yet"),
     Failpoint("coordinator.group_opened_one", "group cut", "an image is open again, the next not yet"),
+    Failpoint("coordinator.reaping", "death", "a dead worker's lock is taken, its claims not yet returned"),
     Failpoint("coordinator.reaped", "death", "a dead worker's claims are returned, not yet its id"),
+    Failpoint("coordinator.spawned", "death", "a worker's process is started"),
     Failpoint("coordinator.complete", "finish", "the entry is COMPLETE"),
     Failpoint("coordinator.synced", "finish", "the target is synced"),
     Failpoint("coordinator.named", "finish", "the target has its name"),
+    Failpoint("coordinator.removed", "drop", "an unfinished target is removed, its entry still there"),
     Failpoint("coordinator.freed", "finish", "the entry is FREE, its bitmap's name still there"),
     Failpoint("journal.written", "journal", "the new journal is written under its temporary name"),
     Failpoint("journal.renamed", "journal", "the new journal has taken the old one's place"),
     Failpoint("adopt.locked", "adoption", "the dead coordinator's lock is taken"),
     Failpoint("adopt.opened", "adoption", "the epoch is even"),
+    Failpoint("adopt.slots", "adoption", "the slots of dead writers are cleared"),
     Failpoint("adopt.claims", "adoption", "the claims of dead workers are returned"),
     Failpoint("adopt.groups", "adoption", "leaders are asked, or members told, of committed groups"),
     Failpoint("adopt.entry", "adoption", "one snapshot is adopted"),
@@ -152,18 +172,30 @@ def disarm_all(memory: Buffer) -> None:
         arm(memory, point.name, "")
 
 
+_private: dict[str, bytearray] = {}
+
+
 def table(memory: Buffer) -> Table:
     """Where this process looks for armed failpoints; ValueError if its environment makes no sense."""
     value = os.environ.get(ENVIRONMENT, "")
     if value == "segment":
         return memory, Header.failpoints.offset
-    private = bytearray(Header.failpoints.size)
-    for item in value.split(",") if value else ():
-        name, _, specification = item.strip().partition("=")
-        offset = 8 * (1 + index_of(name))
-        private[offset : offset + 8] = encode(specification).to_bytes(8, "little")
-        private[0] = 1
+    # One for the process, so that the Nth call is the Nth, whatever handles it comes through.
+    private = _private.get(value)
+    if private is None:
+        private = bytearray(Header.failpoints.size)
+        for item in value.split(",") if value else ():
+            name, _, specification = item.strip().partition("=")
+            offset = 8 * (1 + index_of(name))
+            private[offset : offset + 8] = encode(specification).to_bytes(8, "little")
+            private[0] = 1
+        _private[value] = private
     return private, 0
+
+
+def failure(point: int, number: int) -> OSError:
+    """What a point raises that is armed with an errno."""
+    return OSError(number, f"failpoint {POINTS[point].name}: {os.strerror(number)}")
 
 
 def hit(where: Table, point: int) -> None:
@@ -172,4 +204,4 @@ def hit(where: Table, point: int) -> None:
     if _core.load_u64(memory, base):
         number = _core.failpoint(memory, base + 8 * (1 + point))
         if number:
-            raise OSError(number, f"failpoint {POINTS[point].name}: {os.strerror(number)}")
+            raise failure(point, number)

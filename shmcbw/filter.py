@@ -32,6 +32,7 @@ from .errors import (
     ReadOnlyImageError,
     ShmcbwError,
 )
+from .failpoints import failure
 from .image import ImageFile, file_size
 from .layout import HISTOGRAM_COUNT, SNAPSHOT_COUNT, Header, Slot, Snapshot
 from .segment import COORDINATOR, Segment, attach, try_retire
@@ -42,7 +43,7 @@ TYPE_CHECKING = False  # see failpoints.py
 if TYPE_CHECKING:
     from typing import Any
 
-_ATTACH, _UNMAPPED, _FAILED, _LATE, _GATED, _FAULT, _RANGE = range(7)
+_ATTACH, _UNMAPPED, _FAILED, _LATE, _GATED, _FAULT, _RANGE, _FAILPOINT = range(8)
 _RELEASE_INSIDE, _RELEASE_FORKED = 1, 2
 _ATTACH_TRIES = 100
 _ATTACH_PAUSE_S = 0.01
@@ -305,6 +306,8 @@ class Disk(_core.Filter):
             self._leave_gate(value)
         elif reason == _FAULT:
             raise self._fault(value, cluster)
+        elif reason == _FAILPOINT:
+            raise failure(cluster, value)
         elif value >= 1 << 63 or cluster >= 1 << 63:
             raise OutOfRangeError(f"{self.path}: a negative or huge range: the image has {self._size_bytes} bytes")
         else:

@@ -24,7 +24,7 @@ WORKER_ID_MAX = 239
 WORKER_COUNT_MIN = 8
 HISTOGRAM_COUNT = 32
 PATH_SIZE = 4096
-FAILPOINT_COUNT = 63
+FAILPOINT_COUNT = 127
 IMAGE_SIZE_MAX = 1 << 62
 
 
@@ -71,8 +71,8 @@ class Header:
     )
     resize_to = Word(272, 8, "coordinator lock", "all", "bytes that the image gets by a resize under way.  0: none is")
     control = Word(320, 128, "coordinator lock", "clients", "a daemon's QMP socket, ends with NUL; empty: none")
-    image_path = Word(512, 3072, "coordinator lock", "status", "for messages, ends with NUL")
-    failpoints = Word(3584, 8 * (1 + FAILPOINT_COUNT), "who arms; who acts counts down", "all", "`failpoints.py`")
+    image_path = Word(512, 2560, "coordinator lock", "status", "for messages, ends with NUL")
+    failpoints = Word(3072, 8 * (1 + FAILPOINT_COUNT), "who arms; who acts counts down", "all", "`failpoints.py`")
 
 
 class Worker:

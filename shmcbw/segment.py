@@ -45,6 +45,10 @@ SHM = "/dev/shm"
 COORDINATOR = 0
 JOURNAL_SUFFIX = ".state"
 UNFINISHED_S = 10.0
+_ALLOCATED, _OWNED, _SEMAPHORES, _HEADER = (
+    failpoints.index_of(f"create.{step}") for step in ("allocated", "owned", "semaphores", "header")
+)
+_MARKED, _NAMES = failpoints.index_of("retire.marked"), failpoints.index_of("retire.names")
 _SEMAPHORE_FILE_BYTES = 32
 _RESIZE_TRIES = 100
 
@@ -371,10 +375,13 @@ def create(
     fd = create_shared_memory(name, geometry.segment_size, access)
     segment = Segment(name, _lock_descriptor(fd), _map(fd, geometry.segment_size), geometry, identity)
     try:
+        failpoints.hit(segment.failpoints, _ALLOCATED)
         if not segment.try_lock(COORDINATOR) or not segment.linked():
             raise FileExistsError(errno.EEXIST, "another coordinator was faster", name)
+        failpoints.hit(segment.failpoints, _OWNED)
         for suffix in ["pool", "c", *(f"s{index}" for index in range(geometry.slot_count))]:
             _create_semaphore(f"{name}.{suffix}", access)
+        failpoints.hit(segment.failpoints, _SEMAPHORES)
         segment.set_header(Header.version, VERSION)
         for word, value in ((Header.uuid, os.urandom(16)), (Header.boot_id, boot_id())):
             segment.memory[word.offset : word.offset + word.size] = value
@@ -390,6 +397,7 @@ def create(
         # Not 1: the bitmaps of a discarded generation must not be taken for ours.
         segment.set_header(Header.next_serial, 1 + int.from_bytes(os.urandom(3), "little"))
         segment.set_header(Header.started_ns, time.time_ns())
+        failpoints.hit(segment.failpoints, _HEADER)
         if before_visible is not None:
             before_visible()
         segment.set_header(Header.magic, MAGIC)
@@ -556,10 +564,11 @@ def try_retire(segment: Segment) -> bool:
     name (filter.py): one of the two sees the other, so nobody writes on in a segment that cuts know nothing of.
     """
     segment.set_header(Header.retired, 1)
+    failpoints.hit(segment.failpoints, _MARKED)
     if in_use(segment):
         segment.set_header(Header.retired, 0)
         return False
-    unlink_all(segment.identity)
+    unlink_all(segment.identity, segment.failpoints)
     return True
 
 
@@ -588,7 +597,7 @@ def worker_lives(segment: Segment) -> bool:
     return any(segment.locked(worker_byte(worker_id)) for worker_id in range(1, segment.geometry.worker_count + 1))
 
 
-def unlink_all(identity: Identity) -> None:
+def unlink_all(identity: Identity, where: failpoints.Table | None = None) -> None:
     """Remove every name of an image: semaphores and bitmaps first, the control segment last.
 
     The caller holds the coordinator's lock of the segment under that name.
@@ -603,6 +612,8 @@ def unlink_all(identity: Identity) -> None:
                 pass
         elif file.startswith(f"{name[1:]}."):
             unlink_shared_memory("/" + file)
+    if where is not None:
+        failpoints.hit(where, _NAMES)
     unlink_shared_memory(name)
 
 

@@ -16,7 +16,7 @@ from .failpoints import hit, index_of
 from .layout import Slot, words
 from .segment import Segment, slot_byte, start_ticks
 
-_LOCKED, _TAKEN = index_of("slot.locked"), index_of("slot.taken")
+_LOCKED, _TAKEN, _CLEARED = index_of("slot.locked"), index_of("slot.taken"), index_of("slot.cleared")
 
 
 def acquire_slot(segment: Segment) -> int:
@@ -53,6 +53,7 @@ def clear_slot(segment: Segment, index: int) -> None:
 def release_slot(segment: Segment, index: int) -> None:
     """Give a slot of our own back."""
     clear_slot(segment, index)
+    hit(segment.failpoints, _CLEARED)
     segment.unlock(slot_byte(index))
 
 

@@ -6,6 +6,7 @@ import gc
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -58,10 +59,13 @@ def _new(names: set[str], base: Path) -> set[str]:
     return {name for name in _names() - names if not _of_others(name, base)}
 
 
-@pytest.fixture(autouse=True)
-def _leaves_nothing_behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Fail a test after which a segment, a semaphore or a process of ours is left; remove it for the next one."""
-    names, children, base = _names(), _children(), tmp_path_factory.getbasetemp()
+@contextmanager
+def leaving_nothing_behind(base: Path) -> Iterator[None]:
+    """Fail if afterwards a segment, a semaphore or a process of ours is left; remove it for the next one.
+
+    base: the directory of this test run.
+    """
+    names, children = _names(), _children()
     yield
     gc.collect()
     deadline = time.monotonic() + 10
@@ -79,6 +83,16 @@ def _leaves_nothing_behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator
         (SHM / name).unlink(missing_ok=True)
     assert not left_names, f"left in {SHM}: {sorted(left_names)}"
     assert not left_children, f"left running: {sorted(left_children)}"
+
+
+@pytest.fixture(autouse=True)
+def _leaves_nothing_behind(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test leaves anything.  Those of the fault matrix share a world, which is watched as a whole."""
+    if "lasting_world" in request.fixturenames:
+        yield
+        return
+    with leaving_nothing_behind(tmp_path_factory.getbasetemp()):
+        yield
 
 
 @pytest.fixture

@@ -1,8 +1,10 @@
 """A coordinator in a process of its own, driven by lines of JSON: ``python -m tests.owner IMAGE [IMAGE...]``.
 
-Commands: {"do": "backup", "target"}, {"do": "snapshot", "scratch"}, {"do": "read"}, {"do": "resize", "size"},
-{"do": "wait"}, {"do": "drop"}, {"do": "close"}, and with several images {"do": "group", "targets"}: the others then are
-about all of them.  Each is answered by {"ok": …} or {"error": type, "message": …}.  It may be killed at any moment.
+Commands: {"do": "backup", "target", "speed"?, "cbw_timeout"?}, {"do": "snapshot", "scratch", "cbw_timeout"?},
+{"do": "speed", "speed"} and {"do": "cancel"} (of all jobs), {"do": "read"}, {"do": "resize", "size"}, {"do": "wait"},
+{"do": "results"}, {"do": "drop"}, {"do": "close"}, and with several images {"do": "group", "targets"}: the others then
+are about all of them.  Each is answered by {"ok": …} or {"error": type, "message": …}.  It may be killed at any moment.
+Its drained sections last for OWNER_DRAIN_LIMIT_S (environment) at most, 2 s if that is not set.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from shmcbw.workers import Backup, Coordinator, backup_group
+from shmcbw.errors import ShmcbwError
+from shmcbw.workers import Backup, Coordinator, Job, backup_group
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -71,7 +74,8 @@ class Owner:
 
 def main(images: list[str]) -> None:
     with ExitStack() as stack:
-        coordinators = [stack.enter_context(Coordinator(image, workers=2, drain_limit=2.0)) for image in images]
+        limit = float(os.environ.get("OWNER_DRAIN_LIMIT_S", "2"))
+        coordinators = [stack.enter_context(Coordinator(image, workers=2, drain_limit=limit)) for image in images]
         targets = [job.target for coordinator in coordinators for job in coordinator.jobs]
         print(json.dumps({"ok": targets}), flush=True)
         for line in sys.stdin:
@@ -88,13 +92,23 @@ def main(images: list[str]) -> None:
 def _do(coordinators: list[Coordinator], command: dict[str, Any]) -> Any:
     action = command["do"]
     snapshots = [snapshot for coordinator in coordinators for snapshot in coordinator.snapshots]
+    jobs = [job for coordinator in coordinators for job in coordinator.jobs]
+    timeout = command.get("cbw_timeout", 20)
     if action == "backup":
-        return coordinators[0].backup(command["target"], cbw_timeout=20).id
+        return coordinators[0].backup(command["target"], cbw_timeout=timeout, speed=command.get("speed", 0)).id
     if action == "group":
         members = zip(coordinators, command["targets"], strict=True)
         return [job.id for job in backup_group([Backup(*member, cbw_timeout=20) for member in members])]
     if action == "snapshot":
-        coordinators[0].snapshot(command["scratch"], cbw_timeout=20)
+        coordinators[0].snapshot(command["scratch"], cbw_timeout=timeout)
+    elif action == "speed":
+        for job in jobs:
+            job.set_speed(command["speed"])
+    elif action == "cancel":
+        for job in jobs:
+            job.cancel()
+    elif action == "results":
+        return {job.target: _result(job) for job in jobs}
     elif action == "read":
         return [hashlib.sha256(s.pread(s.size_bytes, 0)).hexdigest() for s in snapshots]
     elif action == "drop":
@@ -103,9 +117,17 @@ def _do(coordinators: list[Coordinator], command: dict[str, Any]) -> Any:
     elif action == "resize":
         coordinators[0].resize(command["size"])
     elif action == "wait":
-        for coordinator in coordinators:
-            for job in coordinator.jobs:
-                job.wait(30)
+        for job in jobs:
+            job.wait(30)
+    return None
+
+
+def _result(job: Job) -> str | None:
+    """Wait for its end: None, or the kind of its error."""
+    try:
+        job.wait(30)
+    except ShmcbwError as error:
+        return type(error).__name__
     return None
 
 

@@ -252,6 +252,7 @@ class Coordinator:
         for slot in range(segment.geometry.slot_count):
             if segment.slot(slot, Slot.pid) and reap_slot(segment, slot):
                 segment.count_header(Header.slots_reaped)
+        self._reach("slots", "adopt")
         self._pool.return_dead_claims()
         self._reach("claims", "adopt")
         used = [index for index in range(SNAPSHOT_COUNT) if state_of(segment, index) != states.FREE]
@@ -491,6 +492,7 @@ class Coordinator:
             serial = self._begin(index, path, in_place=request.in_place)
             file: TargetFile | None = None
             try:
+                self._reach("creating")
                 full = request.job and request.sync != "none"
                 if increment is None:
                     file = TargetFile.create(
@@ -604,6 +606,7 @@ class Coordinator:
         # Before the entry is free: afterwards nobody would know of an unfinished file.
         if entry.target.working_path != entry.target.path:
             entry.target.remove()
+            self._reach("removed")
         self._free_entry(entry.index, entry.serial)
         entry.bitmap.close()
         entry.target.close()

@@ -39,6 +39,9 @@ _OPENED, _ACKNOWLEDGED = index_of("worker.opened"), index_of("worker.acknowledge
 _CLAIMED, _BACKGROUND = index_of("worker.claimed"), index_of("worker.background")
 _COPYING, _COPIED = index_of("worker.copying"), index_of("worker.copied")
 _PUBLISHED, _WOKE = index_of("worker.published"), index_of("worker.woke")
+_FAILED, _DELIVERED = index_of("worker.failed"), index_of("worker.delivered")
+_LOCKED, _SERVING, _LEFT = index_of("worker.locked"), index_of("worker.serving"), index_of("worker.left")
+_ASLEEP = index_of("worker.asleep")
 
 AWAY, BUSY, LOOKING, ASLEEP = range(4)
 
@@ -135,6 +138,7 @@ class CopyWorker:
                 self._follow_table()
             return wanted
         self.segment.set_worker(self.worker_id, Worker.sleeps, self.segment.worker(self.worker_id, Worker.sleeps) + 1)
+        self._reach(_ASLEEP)
         posted = self.pool.wait(min(wait_ns, SLEEP_NS))
         self._set_state(BUSY)
         if posted and time.monotonic_ns() - self.served_ns < 2 * HOT_NS:
@@ -260,9 +264,11 @@ class CopyWorker:
         self._charge(target, copied.written_bytes)
         self.served_ns = time.monotonic_ns()
         if copied.error is not None:
+            self._reach(_FAILED)
             self.copier.deliver_error(
                 slot, sequence, want_first, index, copied.failed_cluster, copied.error.errno or errno.EIO
             )
+            self._reach(_DELIVERED)
             self.segment.wake_slot(slot)
             return
         self._copy_ahead(target, first, end)
@@ -431,6 +437,7 @@ def main(arguments: list[str]) -> int:
     if not segment.try_lock(worker_byte(worker_id)):
         print(f"shmcbw copy worker {worker_id}: the id is taken", file=sys.stderr)
         return 1
+    hit(segment.failpoints, _LOCKED)
     for name, word in words(Worker):
         if word.size in (4, 8) and name != "generation":
             segment.set_worker(worker_id, word, 0)
@@ -442,10 +449,12 @@ def main(arguments: list[str]) -> int:
     segment.set_worker(worker_id, Worker.start_ticks, start_ticks(os.getpid()))
     segment.set_worker(worker_id, Worker.pid, os.getpid())
     segment.set_worker(worker_id, Worker.generation, generation)
+    hit(segment.failpoints, _SERVING)
     segment.wake_coordinator()
     worker.run()
     worker.close()
     segment.set_worker(worker_id, Worker.pid, 0)
+    hit(segment.failpoints, _LEFT)
     segment.unlock(worker_byte(worker_id))
     leave_last(segment)
     return 0

@@ -26,7 +26,8 @@ from .permissions import ImageLock
 
 log = logging.getLogger("shmcbw")
 
-_REAPED, _GENERATION = index_of("coordinator.reaped"), index_of("adopt.generation")
+_REAPING, _REAPED, _SPAWNED = (index_of(f"coordinator.{step}") for step in ("reaping", "reaped", "spawned"))
+_GENERATION = index_of("adopt.generation")
 
 START_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 5.0
@@ -101,6 +102,7 @@ class Pool:
             command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=lock
         )
         self._started_s[worker_id] = time.monotonic()
+        hit(self._segment.failpoints, _SPAWNED)
 
     def _serves(self, worker_id: int) -> bool:
         return (
@@ -137,20 +139,25 @@ class Pool:
         segment = self._segment
         if not segment.try_lock(worker_byte(worker_id)):
             return
-        for index in range(SNAPSHOT_COUNT):
-            serial = segment.snapshot(index, Snapshot.serial)
-            try:
-                bitmap = Bitmap.attach(segment, serial)
-            except OSError:
-                continue
-            returned = bitmap.release_claims(worker_id)
-            bitmap.close()
-            if returned:
-                segment.set_snapshot(index, Snapshot.cursor, 0)
-        hit(segment.failpoints, _REAPED)
-        for word in (Worker.state, Worker.pid, Worker.generation):
-            segment.set_worker(worker_id, word, 0)
-        segment.unlock(worker_byte(worker_id))
+        try:
+            hit(segment.failpoints, _REAPING)
+            for index in range(SNAPSHOT_COUNT):
+                self._return_claims_in(index, worker_id)
+            hit(segment.failpoints, _REAPED)
+            for word in (Worker.state, Worker.pid, Worker.generation):
+                segment.set_worker(worker_id, word, 0)
+        finally:
+            segment.unlock(worker_byte(worker_id))
+
+    def _return_claims_in(self, index: int, worker_id: int) -> None:
+        segment = self._segment
+        try:
+            bitmap = Bitmap.attach(segment, segment.snapshot(index, Snapshot.serial))
+        except OSError:
+            return
+        if bitmap.release_claims(worker_id):
+            segment.set_snapshot(index, Snapshot.cursor, 0)
+        bitmap.close()
 
     def wait_ready(self, index: int, serial: int, timeout_s: float) -> int:
         """Wait until the workers have tried to open a snapshot's target: 0, or the errno of the first refusal.

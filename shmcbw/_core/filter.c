@@ -33,6 +33,7 @@ enum reason {
     REASON_GATED = 4,     /* the epoch is still the odd `value` after a slice of waiting */
     REASON_FAULT = 5,     /* SIGBUS: value = offset, cluster = length; must raise */
     REASON_RANGE = 6,     /* value = offset, cluster = length; raises, or returns when the image has been resized */
+    REASON_FAILPOINT = 7, /* failpoint `cluster` makes the write fail with errno `value`; must raise */
 };
 
 /* shmcbw/failpoints.py has these first and in this order. */
@@ -45,6 +46,7 @@ enum failpoint {
     WRITER_ASLEEP,
     WRITER_READY,
     WRITER_MAP_MARKED,
+    WRITER_COMPARED,
     WRITER_HALF_STORED,
     WRITER_STORED,
     WRITER_GATED,
@@ -115,6 +117,8 @@ struct request {
     uint64_t offset;
     uint64_t length;
     uint64_t wait_started_ns; /* 0: has not waited */
+    int failed_errno;         /* by a failpoint, 0: none */
+    enum failpoint failed_at;
 };
 
 static struct thread_slot *find_thread(struct filter *self)
@@ -209,10 +213,23 @@ static inline bool failpoints_armed(const struct filter *self)
     return __builtin_expect(atomic_load_explicit(self->failpoints, memory_order_relaxed) != 0, 0);
 }
 
-/* With an armed point: acts; an errno only counts where the step can fail. */
-static int reach(const struct filter *self, bool armed, enum failpoint point)
+/* With an armed point: acts.  True: the write is to fail here; who called leaves flight and calls `fail`. */
+static bool reach(const struct filter *self, bool armed, enum failpoint point, struct request *request)
 {
-    return __builtin_expect(armed, 0) ? failpoint_act(self->failpoints + 1 + point) : 0;
+    if (__builtin_expect(!armed, 1))
+        return false;
+    int number = failpoint_act(self->failpoints + 1 + point);
+    if (number == 0)
+        return false;
+    request->failed_errno = number;
+    request->failed_at = point;
+    return true;
+}
+
+/* Raises what a failpoint wants. */
+static int fail(struct filter *self, const struct request *request)
+{
+    return refuse_write(self, REASON_FAILPOINT, (uint64_t)request->failed_errno, (uint64_t)request->failed_at);
 }
 
 static void add64(const struct shared *shared, uint64_t slot, uint64_t field, uint64_t amount)
@@ -338,7 +355,7 @@ static int await_copies(struct filter *self, struct thread_slot *thread, struct 
     uint64_t slot = thread->index, error = 0, cluster = first, deadline_ns = 0;
     uint32_t sequence;
     int index = 0, result = 0, late = -1;
-    enum waited waited;
+    enum waited waited = WAITED_BLOCKED;
 
     if (request->wait_started_ns == 0)
         request->wait_started_ns = now_ns();
@@ -349,9 +366,10 @@ static int await_copies(struct filter *self, struct thread_slot *thread, struct 
             bitmaps[i]->references++;
     }
     publish_want(shared, slot, first, end, &sequence);
-    reach(self, failpoints_armed(self), WRITER_WANTED);
-    ring(self, false);
-    for (;;) {
+    bool failed = reach(self, failpoints_armed(self), WRITER_WANTED, request);
+    if (!failed)
+        ring(self, false);
+    while (!failed) {
         uint64_t budget_ns = self->may_spin ? thread->spin_ns : 0, started_ns = now_ns();
         bool in_vain = false;
         Py_BEGIN_ALLOW_THREADS
@@ -376,8 +394,9 @@ static int await_copies(struct filter *self, struct thread_slot *thread, struct 
                 waited = look_at_want(self, bitmaps, slot, sequence, first, end, &error, &index, &cluster);
                 if (waited == WAITED_BLOCKED) {
                     ring(self, true);
-                    reach(self, failpoints_armed(self), WRITER_ASLEEP);
-                    semaphore_sleep(thread->semaphore, slice_ns);
+                    failed = reach(self, failpoints_armed(self), WRITER_ASLEEP, request);
+                    if (!failed)
+                        semaphore_sleep(thread->semaphore, slice_ns);
                     waited = look_at_want(self, bitmaps, slot, sequence, first, end, &error, &index, &cluster);
                 }
                 atomic_store(asleep, 0);
@@ -385,7 +404,7 @@ static int await_copies(struct filter *self, struct thread_slot *thread, struct 
         }
         adapt_spin(thread, now_ns() - started_ns, in_vain);
         Py_END_ALLOW_THREADS
-        if (waited != WAITED_BLOCKED || !self->open)
+        if (waited != WAITED_BLOCKED || failed || !self->open)
             break;
         /* Not only at EINTR: the kernel may have given the signal to another thread. */
         if (handle_signals(self) != 0) {
@@ -403,7 +422,7 @@ static int await_copies(struct filter *self, struct thread_slot *thread, struct 
         late = -1;
     }
     withdraw_want(shared, slot, sequence);
-    reach(self, failpoints_armed(self), WRITER_READY);
+    failed |= reach(self, failpoints_armed(self), WRITER_READY, request);
     uint32_t late_serial = 0;
     if (late >= 0 && bitmaps[late] != NULL)
         late_serial = bitmaps[late]->serial;
@@ -412,6 +431,8 @@ static int await_copies(struct filter *self, struct thread_slot *thread, struct 
             bitmap_release(bitmaps[i]);
     if (result != 0 || !self->open)
         return result;
+    if (failed)
+        return fail(self, request);
     if (waited == WAITED_ERROR)
         return resolve_write(self, REASON_FAILED, error & 15, error >> 32 & 0xfff, first + (error >> 4 & 0xfffffff));
     if (waited == WAITED_BLOCKED && late >= 0)
@@ -464,13 +485,14 @@ static int store_data(const struct filter *self, uint8_t *image, struct request 
         int failed = guarded_is_equal(target, request->data, request->length, &equal);
         if (!failed && !equal)
             request->kind = KIND_DATA;
-        return failed;
+        return reach(self, failpoints_armed(self), WRITER_COMPARED, request) ? -1 : failed;
     }
     if (request->kind != KIND_ZEROES) {
         uint64_t half = failpoints_armed(self) ? request->length / 2 : 0;
         if (half != 0 && guarded_copy(target, request->data, half) != 0)
             return -1;
-        reach(self, half != 0, WRITER_HALF_STORED);
+        if (reach(self, half != 0, WRITER_HALF_STORED, request))
+            return -1;
         return guarded_copy(target + half, request->data + half, request->length - half);
     }
     return punch(self->fd, request->offset, request->length) == 0 ? 0 : guarded_fill(target, request->length);
@@ -517,18 +539,21 @@ static int try_write(struct filter *self, struct request *request)
     uint64_t end = ((request->offset + request->length - 1) >> self->cluster_shift) + 1;
     bool first_touch = false;
     bool armed = failpoints_armed(self);
-    int failed;
+    bool unchanged = request->kind == KIND_UNCHANGED;
+    int failed = 0;
 
     atomic_store(in_flight, 1);                    /* step 1 */
-    reach(self, armed, WRITER_MARKED);
+    if (reach(self, armed, WRITER_MARKED, request))
+        goto leave;
     uint32_t epoch = atomic_load(shared->epoch);   /* step 2 */
     if (__builtin_expect(epoch & 1, 0)) {
         atomic_store_explicit(in_flight, 0, memory_order_release);
-        reach(self, armed, WRITER_GATED);
+        if (reach(self, armed, WRITER_GATED, request))
+            return fail(self, request);
         return wait_gate(self, thread, epoch);
     }
-    reach(self, armed, WRITER_EPOCH);
-    bool unchanged = request->kind == KIND_UNCHANGED;
+    if (reach(self, armed, WRITER_EPOCH, request))
+        goto leave;
     if (!unchanged) {
         uint64_t c = first;                        /* step 3 */
         while (c < end && atomic_load_explicit(shared->epoch_map + c, memory_order_acquire) == epoch)
@@ -539,16 +564,19 @@ static int try_write(struct filter *self, struct request *request)
             enum look found = look(shared, self->shared.bitmaps, c, end, &index, &cluster); /* step 4 */
             if (found != LOOK_READY) {
                 atomic_store_explicit(in_flight, 0, memory_order_release);
-                reach(self, armed, WRITER_LEFT);
+                if (reach(self, armed, WRITER_LEFT, request))
+                    return fail(self, request);
                 if (found == LOOK_UNMAPPED)
                     return resolve_write(self, REASON_UNMAPPED, (uint64_t)index, 0, 0);
                 return await_copies(self, thread, request, cluster, end);
             }
-            reach(self, armed, WRITER_LOOKED);
+            if (reach(self, armed, WRITER_LOOKED, request))
+                goto leave;
             first_touch = true;
             for (; c < end; c++)                   /* step 5 */
                 atomic_store_explicit(shared->epoch_map + c, epoch, memory_order_release);
-            reach(self, armed, WRITER_MAP_MARKED);
+            if (reach(self, armed, WRITER_MAP_MARKED, request))
+                goto leave;
         }
     }
     /* The marks may not sink below the data: a writer that dies in the store has marked what it changed (I6). */
@@ -561,8 +589,11 @@ static int try_write(struct filter *self, struct request *request)
     } else {
         failed = store_data(self, image, request);
     }
-    reach(self, armed, WRITER_STORED);
+    reach(self, armed, WRITER_STORED, request);
+leave:
     atomic_store_explicit(in_flight, 0, memory_order_release);
+    if (__builtin_expect(request->failed_errno != 0, 0))
+        return fail(self, request);
     if (__builtin_expect(failed, 0))
         return refuse_write(self, REASON_FAULT, request->offset, request->length);
     if (__builtin_expect(unchanged && request->kind != KIND_UNCHANGED, 0))

@@ -1,257 +1,271 @@
-"""Kill and stop at every failpoint: writers go on, backups end right, a restart needs no manual step.
+"""Failpoints: what an armed one does, wherever it is, however it was armed; and those that a world can't live through.
 
-One round: a coordinator, a first-touch writer that writes ordered pairs, a hot writer; a snapshot, a backup, reads of
-the snapshot; a second cut.  Somebody dies (or is stopped for a while) at the point.  Then the coordinator is restarted
-if it was the one, and everything is brought to its end.
+The rounds at all other points are `test_matrix.py`.
 """
 
 from __future__ import annotations
 
+import errno
 import os
-import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
 
 import shmcbw
-import shmcbw.workers
-from shmcbw import _core, failpoints
-from shmcbw.failpoints import POINTS
-from shmcbw.image import ImageFile
-from shmcbw.invariants import check
+from shmcbw import failpoints
+from shmcbw.errors import CoordinatorRunningError
+from shmcbw.failpoints import POINTS, Failpoint
+from shmcbw.image import Identity
 from shmcbw.layout import Header
-from shmcbw.segment import Segment, attach
-from shmcbw.status import describe_segment
+from shmcbw.segment import SHM, segment_name
+from shmcbw.workers import Coordinator
 from tests.conftest import wait_for
+from tests.crash import doing, wave
+from tests.crash.world import PATIENCE_S, attached, status_of
 from tests.owner import Owner
-from tests.processes import CONTEXT, write_forever, write_pairs_forever
 
-SIZE = 4 << 20
-MARKS = range(3 << 20, SIZE, 100_000)
-FIRST, SECOND = 2 << 20, (2 << 20) + 300_000
-#: All combinations take several minutes: `make matrix`.  Otherwise a part, the same for the same seed.
-SEED = int(os.environ.get("SHMCBW_SEED", "1"))
-PART = 20
+SIZE = 65_536
 
-#: Reached only when a process fails or is late: their tests are those of the policies, of the cut and of the journal.
-ELSEWHERE = {"break.error", "break.state", "gate.entries", "journal.written", "journal.renamed"}
-#: Those of groups: test_groups.py.
-ELSEWHERE |= {point.name for point in POINTS if point.name.startswith("coordinator.group_")}
-#: test_resize_kill.py, test_reader.py.
-ELSEWHERE |= {point.name for point in POINTS if point.protocol in ("resize", "discard")}
-EVERYWHERE = [(point.name, action) for point in POINTS if point.name not in ELSEWHERE for action in ("kill", "stop")]
-if os.environ.get("SHMCBW_MATRIX") != "all":
-    EVERYWHERE = sorted(random.Random(SEED).sample(EVERYWHERE, PART))
+
+@pytest.fixture
+def image(make_image: Callable[..., Path]) -> Path:
+    return make_image(SIZE)
+
+
+# -- actions -----------------------------------------------------------------------------------------------------------
+
+
+class Doer:
+    """A process that reaches one point once each time it is told to go on."""
+
+    def __init__(self, what: str, image: Path, directory: Path, armed: str) -> None:
+        self.what = what
+        self.image = image
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.crash.doing", what, str(image), str(directory)],
+            cwd=wave.ROOT,
+            env={**os.environ, "SHMCBW_FAILPOINTS": armed},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self.hear() == "ready"
+
+    def hear(self) -> str:
+        """Its next word, "" if it died."""
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def go(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+
+    def once(self) -> str:
+        self.go()
+        return self.hear()
+
+    def whose(self) -> list[int]:
+        """Itself, and its workers."""
+        return [self.process.pid, *(child.pid for child in psutil.Process(self.process.pid).children())]
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            for pid in self.whose():
+                os.kill(pid, signal.SIGCONT)
+        self.process.communicate(timeout=PATIENCE_S)
+        if self.process.returncode < 0 and self.what != "filter":
+            # What it has left is the next coordinator's.
+            Coordinator(self.image, workers=1).close()
 
 
 @contextmanager
-def attached(image: Path) -> Iterator[Segment]:
-    file = ImageFile.open(image, writable=False)
-    segment = attach(file)
+def doer(what: str, image: Path, specification: str, *, by_environment: bool) -> Iterator[Doer]:
+    """Something that reaches an armed point, once each time."""
+    directory = image.parent
+    with ExitStack() as stack:
+        if what == "filter":
+            stack.enter_context(Coordinator(image, workers=1))
+        elif what == "adoption":
+            # A writer stays when its coordinator closes: so there is something to adopt, every time.
+            with Coordinator(image, workers=1):
+                stack.enter_context(shmcbw.open(image))
+        point = doing.POINTS[what]
+        found = Doer(what, image, directory, f"{point}={specification}" if by_environment else "segment")
+        stack.callback(found.end)
+        if not by_environment:
+            with attached(image) as segment:
+                failpoints.arm(segment.memory, point, specification)
+        yield found
+
+
+everywhere = pytest.mark.parametrize("what", doing.POINTS)
+armed_anyhow = pytest.mark.parametrize("by_environment", [True, False], ids=["environment", "segment"])
+
+
+@everywhere
+@armed_anyhow
+def test_an_errno_comes_from_the_nth_call_on(image: Path, what: str, by_environment: bool) -> None:
+    with doer(what, image, "errno:ENOSPC@2", by_environment=by_environment) as doing:
+        assert [doing.once() for _ in range(4)] == ["ok", "ok", "ENOSPC", "ENOSPC"]
+
+
+@everywhere
+def test_an_errno_comes_once(image: Path, what: str) -> None:
+    with doer(what, image, "errno:EIO@1*1", by_environment=False) as doing:
+        assert [doing.once() for _ in range(4)] == ["ok", "EIO", "ok", "ok"]
+
+
+@everywhere
+def test_a_delay_delays(image: Path, what: str) -> None:
+    with doer(what, image, "delay:80@1*1", by_environment=True) as doing:
+        assert doing.once() == "ok"
+        started = time.monotonic()
+        assert doing.once() == "ok"
+        assert time.monotonic() - started >= 0.08
+
+
+@everywhere
+def test_a_stopped_process_goes_on_when_it_is_continued(image: Path, what: str) -> None:
+    with doer(what, image, "stop@1*1", by_environment=False) as doing:
+        assert doing.once() == "ok"
+        doing.go()
+        wait_for(lambda: "T" in map(status_of, doing.whose()), "it is stopped")
+        for pid in doing.whose():
+            os.kill(pid, signal.SIGCONT)
+        assert doing.hear() == "ok"
+        assert doing.once() == "ok"
+
+
+@everywhere
+def test_a_killed_process_is_dead(image: Path, what: str) -> None:
+    with doer(what, image, "kill@1*1", by_environment=True) as doing:
+        before = doing.whose()
+        assert doing.once() == "ok"
+        if what == "worker":
+            # Another one takes its place.
+            assert doing.once() == "ok"
+            assert doing.whose()[1:] != before[1:]
+        else:
+            assert doing.once() == ""
+            assert doing.process.wait(PATIENCE_S) == -signal.SIGKILL
+
+
+# -- at the beginning and the end of a segment -------------------------------------------------------------------------
+
+
+def names_of(image: Path) -> list[str]:
+    """What there is of an image in /dev/shm."""
+    name = segment_name(Identity.of(os.stat(image)))[1:]
+    return [file for file in os.listdir(SHM) if file.removeprefix("sem.").partition(".")[0] == name]
+
+
+CREATE = [point.name for point in POINTS if point.protocol == "create"]
+
+
+@pytest.mark.parametrize("point", CREATE)
+def test_a_coordinator_may_die_while_it_makes_its_segment(image: Path, point: str) -> None:
+    owner = Owner(image, SHMCBW_FAILPOINTS=f"{point}=kill")
     try:
-        yield segment
+        assert owner.answer() is None
+        assert owner.process.wait(PATIENCE_S) == -signal.SIGKILL
+        assert names_of(image) != []
+        with pytest.raises(shmcbw.NoCoordinatorError):
+            shmcbw.open(image)
     finally:
-        segment.close()
-        file.close()
+        owner.end()
+    with Coordinator(image, workers=1), shmcbw.open(image) as disk:
+        disk.pwrite(b"x", 0)
+    assert names_of(image) == []
 
 
-def is_spent(image: Path, name: str) -> bool:
-    """Whether the point's one action has happened."""
-    offset = Header.failpoints.offset + 8 * (1 + failpoints.index_of(name))
-    try:
-        with attached(image) as segment:
-            return _core.load_u64(segment.memory, offset) == 0
-    except shmcbw.ShmcbwError:
-        return True
-
-
-def arm(image: Path, name: str, specification: str) -> None:
-    with attached(image) as segment:
-        failpoints.arm(segment.memory, name, specification)
-
-
-class Round:
-    """The processes of one round, and what a test may ask of them."""
-
-    def __init__(self, image: Path, directory: Path) -> None:
-        self.image = image
-        self.directory = directory
-        os.environ["SHMCBW_FAILPOINTS"] = "segment"
-        self.owner = Owner(image)
-        assert self.owner.answer() is not None
-        self.writers = [
-            CONTEXT.Process(target=write_pairs_forever, args=(str(image), FIRST, SECOND)),
-            CONTEXT.Process(target=write_forever, args=(str(image), 1, 4096, 1 << 20)),
-        ]
-        for writer in self.writers:
-            writer.start()
-        os.environ.pop("SHMCBW_FAILPOINTS")
-        self.disk = shmcbw.open(image)
-        wait_for(self._writing, "the writers write", 20)
-        for offset in MARKS:
-            self.disk.pwrite(b"before", offset)
-
-    def _writing(self) -> bool:
-        with attached(self.image) as segment:
-            slots = describe_segment(segment)["slots"]
-        return len([slot for slot in slots if slot["writes"]]) == len(self.writers)
-
-    def drive(self, **command: str) -> dict[str, object] | None:
-        """A command to the coordinator; if it died, or is stopped over it, the next one takes over."""
-        self.owner.send(**command)
-        answer = self.answer()
-        if answer is None:
-            self.restart()
-        return answer
-
-    def answer(self) -> dict[str, object] | None:
-        """The coordinator's next line, None if it died; whoever is stopped meanwhile goes on after a moment."""
-        deadline = time.monotonic() + 20
-        while not _readable(self.owner):
-            self.wake_stopped()
-            assert time.monotonic() < deadline, "the coordinator does not answer within 20 s"
-        return self.owner.answer()
-
-    def restart(self) -> None:
-        for _ in range(3):
-            self.owner.end()
-            self.owner = Owner(self.image)
-            if self.answer() is not None:
-                return
-        raise AssertionError("three coordinators in a row did not start")
-
-    def wake_stopped(self) -> None:
-        """Let whoever has been stopped go on after a moment."""
-        for process in _family(self.owner, self.writers):
-            try:
-                if process.status() == psutil.STATUS_STOPPED:
-                    time.sleep(0.15)
-                    process.send_signal(signal.SIGCONT)
-            except psutil.NoSuchProcess:
-                pass
-
-    def has_reached(self, name: str) -> bool:
-        self.wake_stopped()
-        return is_spent(self.image, name)
-
-    def end(self) -> None:
-        self.disk.close()
-        for writer in self.writers:
-            if writer.pid:
-                try:
-                    os.kill(writer.pid, signal.SIGCONT)
-                except ProcessLookupError:
-                    pass
-            writer.kill()
-            writer.join()
-        self.owner.end()
-
-
-def _readable(owner: Owner) -> bool:
-    import select
-
-    assert owner.process.stdout is not None
-    return bool(select.select([owner.process.stdout], [], [], 0.05)[0])
-
-
-def _family(owner: Owner, writers: list[CONTEXT.Process]) -> list[psutil.Process]:  # type: ignore[name-defined]
-    found = []
-    for pid in (owner.pid, *(writer.pid for writer in writers)):
-        try:
-            process = psutil.Process(pid)
-            found += [process, *process.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            pass
-    found += [p for p in psutil.process_iter(["cmdline"]) if "shmcbw.workers.copy_worker" in (p.info["cmdline"] or [])]
-    return found
-
-
-def is_one_instant(backup: Path) -> bool:
-    """What was marked before the cut is there, and the pair was not torn."""
-    data = backup.read_bytes()
-    first, second = (int.from_bytes(data[offset : offset + 8], "little") for offset in (FIRST, SECOND))
-    fresh = second > 1 << 60
-    return all(data[o : o + 6] == b"before" for o in MARKS) and (fresh or first in (second, second + 1))
-
-
-@pytest.mark.parametrize(("name", "action"), EVERYWHERE)
-def test_at_every_point_anybody_may_die_or_stop(
-    make_image: Callable[..., Path], tmp_path: Path, name: str, action: str
+@pytest.mark.parametrize("point", CREATE)
+def test_of_a_coordinator_that_stands_still_while_it_makes_its_segment_and_another_one_exactly_one_serves(
+    image: Path, point: str
 ) -> None:
-    image = make_image(SIZE)
-    with image.open("r+b") as file:
-        for offset in (FIRST, SECOND):
-            file.seek(offset)
-            file.write(bytes(8))
-    world = Round(image, tmp_path)
+    owner = Owner(image, SHMCBW_FAILPOINTS=f"{point}=stop")
+    served = False
     try:
-        adopting = name.startswith("adopt.")
-        if not adopting:
-            # Slow copies and a long drained section: so that writers sleep, and come to the gate.
-            arm(image, "worker.claimed", "delay:20*3")
-            arm(image, "coordinator.quiet", "delay:30*2")
-            arm(image, name, f"{action}*1")
-        world.drive(do="snapshot", scratch=str(tmp_path / "scratch"))
-        answer = world.drive(do="backup", target=str(tmp_path / "out"))
-        taken = answer is not None and "ok" in answer
-        if taken:
-            for offset in MARKS:
-                world.disk.pwrite(b"later!", offset)
-        if adopting:
-            arm(image, name, f"{action}*1")
-            world.restart()
-        world.drive(do="read")
-        # A new writer comes: the points of attaching.
-        late = CONTEXT.Process(target=write_forever, args=(str(image), 2, 4096, 1 << 20))
-        os.environ["SHMCBW_FAILPOINTS"] = "segment"
-        late.start()
-        os.environ.pop("SHMCBW_FAILPOINTS")
-        world.writers.append(late)
-        if name == "coordinator.reaped":
-            _kill_a_worker(world)
-        world.drive(do="wait")
-        world.drive(do="drop")
-        wait_for(lambda: world.has_reached(name), f"{name} is reached", 10)
-        world.wake_stopped()
-        if world.owner.process.poll() is not None:
-            world.restart()
-        world.drive(do="wait")
-
-        # All live writers make progress, the segment is sound, and what was promised holds.
-        world.disk.pwrite(b"alive", 0)
-        with attached(image) as segment:
-            assert check(segment) == []
-        if taken and (tmp_path / "out").exists():
-            assert is_one_instant(tmp_path / "out")
-        elif taken:
-            assert action == "kill", "a backup whose cut was taken ends right"
-        for offset in MARKS:
-            world.disk.pwrite(b"before", offset)
-        assert "ok" in (world.drive(do="backup", target=str(tmp_path / "again")) or {})
-        for offset in MARKS:
-            world.disk.pwrite(b"later!", offset)
-        assert world.drive(do="wait") == {"ok": None}
-        assert is_one_instant(tmp_path / "again")
-        world.drive(do="drop")
-        assert world.drive(do="close") == {"ok": None}
-        world.owner.process.wait(20)
+        wait_for(lambda: status_of(owner.pid) == "T", "it stands still", PATIENCE_S)
+        try:
+            with Coordinator(image, workers=1), shmcbw.open(image) as disk:
+                served = True
+                os.kill(owner.pid, signal.SIGCONT)
+                owner.process.wait(PATIENCE_S)
+                disk.pwrite(b"x", 0)
+        except shmcbw.ShmcbwError:
+            os.kill(owner.pid, signal.SIGCONT)
+        assert (owner.answer() is not None) is not served
+        if not served:
+            assert owner.ask(do="close") == {"ok": None}
+            assert owner.process.wait(PATIENCE_S) == 0
     finally:
-        world.end()
-    with shmcbw.workers.Coordinator(image, workers=1):
-        pass
-    left = {path.name for path in tmp_path.iterdir()} - {"disk.img", "out", "again"}
-    assert not left
+        owner.end()
+    assert names_of(image) == []
 
 
-def _kill_a_worker(world: Round) -> None:
-    for process in psutil.Process(world.owner.pid).children():
-        process.kill()
-        return
+LEAVE = ["retire.marked", "retire.names"]
+
+
+@pytest.mark.parametrize("action", ["kill", "stop"])
+@pytest.mark.parametrize("point", LEAVE)
+def test_a_coordinator_that_closes_may_die_or_stand_still_while_it_removes_its_segment(
+    image: Path, point: str, action: str
+) -> None:
+    owner = Owner(image)
+    try:
+        assert owner.answer() is not None
+        with attached(image) as segment:
+            failpoints.arm(segment.memory, point, f"{action}*1")
+        owner.send(do="close")
+        if action == "kill":
+            assert owner.process.wait(PATIENCE_S) == -signal.SIGKILL
+        else:
+            wait_for(lambda: status_of(owner.pid) == "T", "it stands still", PATIENCE_S)
+            with pytest.raises(CoordinatorRunningError):
+                Coordinator(image)
+            os.kill(owner.pid, signal.SIGCONT)
+            assert owner.process.wait(PATIENCE_S) == 0
+            assert names_of(image) == []
+    finally:
+        owner.end()
+    with Coordinator(image, workers=1), shmcbw.open(image) as disk:
+        disk.pwrite(b"x", 0)
+    assert names_of(image) == []
+
+
+@pytest.mark.parametrize("action", ["kill", "stop"])
+@pytest.mark.parametrize("point", LEAVE)
+def test_the_last_writer_may_die_or_stand_still_while_it_removes_the_segment(
+    image: Path, point: str, action: str
+) -> None:
+    with Coordinator(image, workers=1):
+        last = Doer("filter", image, image.parent, f"{point}={action}")
+    assert names_of(image) != []
+    assert last.process.stdin is not None
+    last.process.stdin.close()
+    if action == "kill":
+        assert last.process.wait(PATIENCE_S) == -signal.SIGKILL
+    else:
+        wait_for(lambda: status_of(last.process.pid) == "T", "it stands still", PATIENCE_S)
+        os.kill(last.process.pid, signal.SIGCONT)
+        assert last.process.wait(PATIENCE_S) == 0
+        assert names_of(image) == []
+    assert last.process.stdout is not None
+    last.process.stdout.close()
+    with Coordinator(image, workers=1), shmcbw.open(image) as disk:
+        disk.pwrite(b"x", 0)
+    assert names_of(image) == []
+
+
+# -- the list ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_points_of_the_core_are_the_first_of_the_list() -> None:
@@ -261,15 +275,13 @@ def test_the_points_of_the_core_are_the_first_of_the_list() -> None:
     assert names == [point.name.replace(".", "_", 1) for point in POINTS[: len(names)]]
 
 
-def test_a_process_that_was_not_told_to_look_ignores_the_segments_failpoints(make_image: Callable[..., Path]) -> None:
+def test_a_process_that_was_not_told_to_look_ignores_the_segments_failpoints(image: Path) -> None:
     """Whoever may write the segment can't stop a process that runs for real."""
-    image = make_image(SIZE)
-    with shmcbw.workers.Coordinator(image, workers=1), shmcbw.open(image) as disk:
-        with attached(image) as segment:
-            for point in POINTS:
-                failpoints.arm(segment.memory, point.name, "kill")
-            disk.pwrite(b"x", 0)
-            failpoints.disarm_all(segment.memory)
+    with Coordinator(image, workers=1), shmcbw.open(image) as disk, attached(image) as segment:
+        for point in POINTS:
+            failpoints.arm(segment.memory, point.name, "kill")
+        disk.pwrite(b"x", 0)
+        failpoints.disarm_all(segment.memory)
 
 
 @pytest.mark.parametrize("wrong", ["explode", "errno:ENOTHING", "delay:x", "kill@70000", "delay:99999999"])
@@ -289,3 +301,41 @@ def test_errnos_come_from_the_nth_call_on_or_a_number_of_times() -> None:
         failpoints.hit(where, point)
     assert caught.value.errno == 28
     failpoints.hit(where, point)
+
+
+def refusal(disk: shmcbw.Disk) -> OSError | None:
+    """Write, and write the same again; the error of one of them."""
+    try:
+        disk.pwrite(b"new" * 100, 0)
+        disk.pwrite(b"new" * 100, 0, unchanged=True)
+    except OSError as error:
+        return error
+    return None
+
+
+WRITER = [point for point in POINTS if point.name.startswith("writer.")]
+
+
+@pytest.mark.parametrize("point", WRITER, ids=[point.name for point in WRITER])
+def test_an_errno_at_any_point_of_a_write_refuses_it_or_says_that_it_is_stored(image: Path, point: Failpoint) -> None:
+    """Whatever the point, the writer's slot is out of flight afterwards, and the next write goes on."""
+    with Coordinator(image, workers=1) as coordinator, ExitStack() as stack:
+        os.environ["SHMCBW_FAILPOINTS"] = "segment"
+        try:
+            disk = stack.enter_context(shmcbw.open(image))
+        finally:
+            del os.environ["SHMCBW_FAILPOINTS"]
+        before = image.read_bytes()
+        snapshot = stack.enter_context(coordinator.snapshot(image.parent / "scratch"))
+        with attached(image) as segment:
+            failpoints.arm(segment.memory, "worker.claimed", "delay:20")
+            failpoints.arm(segment.memory, point.name, "errno:EIO*1")
+            refused = refusal(disk)
+            if refused is not None:
+                assert (refused.errno, point.name in str(refused)) == (errno.EIO, True)
+                stored = {"writer.half_stored", "writer.stored", "writer.compared"}
+                assert point.name in stored or image.read_bytes() == before
+            failpoints.disarm_all(segment.memory)
+            assert not any(slot["in_flight"] or slot["wanted_clusters"] for slot in coordinator.status()["slots"])
+        disk.pwrite(b"later", 0)
+        assert snapshot.pread(SIZE, 0) == before

@@ -1,0 +1,192 @@
+"""The fault matrix: whoever reaches a failpoint is killed or stopped there, in every scenario in which it is reached.
+
+Then: the invariants hold, all live writers make progress, what was begun ends right or is broken as the policy says, a
+restart needs no manual step, and nothing is left over.  `scenarios.REACHED` is the matrix; all of it is `make matrix`,
+and `make test` plays a part, another one each time unless `SHMCBW_SEED` says which.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from shmcbw.failpoints import POINTS
+from tests.conftest import leaving_nothing_behind, wait_for
+from tests.crash import wave
+from tests.crash.scenarios import (
+    BY_CHANCE,
+    KILL,
+    REACHED,
+    SCENARIOS,
+    STOP,
+    Trial,
+    digest,
+    judge_reader,
+)
+from tests.crash.world import PATIENCE_S, STOP_S, WORKER, World
+
+SEED = int(os.environ.get("SHMCBW_SEED", "0")) or random.SystemRandom().randrange(1, 2**31)
+PART = 40
+
+ROUNDS = [
+    (scenario, point, action)
+    for scenario, points in REACHED.items()
+    for point in points
+    for action in (KILL, STOP)
+    # What the scenario itself arms can't be armed for us too.
+    if point not in SCENARIOS[scenario].beside or not SCENARIOS[scenario].beside[point].startswith("errno")
+]
+ALL = os.environ.get("SHMCBW_MATRIX") == "all"
+PLAYED = ROUNDS if ALL else sorted(random.Random(SEED).sample(ROUNDS, PART), key=ROUNDS.index)
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, World]]:
+    """The world of the rounds, made when the first round needs it, and again after one that failed."""
+    found: dict[str, World] = {}
+    with leaving_nothing_behind(tmp_path_factory.getbasetemp()):
+        yield found
+        for world in found.values():
+            try:
+                world.close()
+            finally:
+                world.kill()
+
+
+def get_world(worlds: dict[str, World], factory: pytest.TempPathFactory) -> World:
+    if "world" not in worlds:
+        directory = factory.mktemp("matrix")
+        image = directory / "disk.img"
+        image.write_bytes(random.Random(SEED).randbytes(4 << 20))
+        worlds["world"] = World(image, directory)
+    return worlds["world"]
+
+
+@pytest.fixture
+def lasting_world(worlds: dict[str, World], tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    world = get_world(worlds, tmp_path_factory)
+    world.rounds += 1
+    yield world
+    if world.failed:
+        worlds.pop("world").kill()
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_a_scenario_reaches_the_points_that_its_row_says(lasting_world: World, scenario: str) -> None:
+    world = lasting_world
+    world.failed = True
+    trial = Trial(world, world.rounds, KILL)
+    play = SCENARIOS[scenario]
+    play.prepare(trial)
+    world.record(play.beside)
+    play.act(trial)
+    play.complete(trial)
+    reached = world.reached()
+    world.disarm()
+    end(trial)
+    assert reached - BY_CHANCE[scenario] == set(REACHED[scenario]) - BY_CHANCE[scenario]
+    world.failed = False
+
+
+@pytest.mark.parametrize(("scenario", "point", "action"), PLAYED)
+def test_whoever_reaches_a_point_may_die_or_stand_still_there(
+    lasting_world: World, scenario: str, point: str, action: str
+) -> None:
+    print(f"SHMCBW_SEED={SEED}")
+    world = lasting_world
+    world.failed = True
+    trial = Trial(world, world.rounds, action)
+    play, kind = SCENARIOS[scenario], REACHED[scenario][point]
+    play.prepare(trial)
+    for other, specification in play.beside.items():
+        world.arm(other, specification)
+    world.arm(point, f"{action}*1")
+    play.act(trial)
+
+    def spent() -> bool:
+        play.nudge(trial)
+        return world.is_spent(point)
+
+    wait_for(spent, f"{point} is reached", PATIENCE_S)
+    if action == KILL:
+        if kind != WORKER:
+            wait_for(lambda: kind in world.dead_kinds(), f"a {kind} is dead", PATIENCE_S)
+        assert world.dead_kinds() <= {kind}
+    else:
+        trial.stand_still(kind)
+        until = time.monotonic() + STOP_S
+        world.let_write()
+        wait_for(lambda: time.monotonic() > until, "it stands still beyond every limit")
+    world.disarm()
+    end(trial)
+    world.failed = False
+
+
+def end(trial: Trial) -> None:
+    """Everybody who died is replaced; everything is brought to its end and judged."""
+    world = trial.world
+    world.recover()
+    judge_reader(trial, world.end_reader())
+    world.let_write()
+    world.ask(do="speed", speed=0)
+    results = world.ask(do="results")
+    world.pause()
+    if trial.has_job:
+        if trial.target.exists():
+            assert results.get(str(trial.target)) is None
+            assert trial.target.read_bytes() == trial.expected
+            trial.target.unlink()
+        else:
+            assert trial.may_fail, results.get(str(trial.target))
+    if trial.has_snapshot and not trial.discarded:
+        world.order(do="read")
+        answer = world.hear()
+        assert answer is not None
+        if "error" in answer:
+            assert answer["error"] == "SnapshotBrokenError"
+            assert trial.may_fail
+        elif trial.expected is not None:
+            assert answer["ok"] == [digest(trial.expected)]
+    world.ask(do="drop")
+    after(world, trial.target.with_name(trial.target.name + "-again"))
+
+
+def after(world: World, target: Path) -> None:
+    """Writers write, a backup is right, the invariants hold, nothing is left over."""
+    expected = world.image.read_bytes()
+    assert wave.is_one_instant(expected)
+    for _ in range(10):
+        world.order(do="backup", target=str(target), speed=1)
+        answer = world.hear()
+        assert answer is not None
+        if answer.get("error") != "CutAbandonedError":
+            break
+    world.let_write()
+    world.ask(do="speed", speed=0)
+    assert world.ask(do="results")[str(target)] is None
+    assert target.read_bytes() == expected
+    target.unlink()
+    world.is_sound()
+
+
+#: Tests of their own, by the failpoint's protocol or name: a world of one image can't live through them.
+ELSEWHERE = {
+    "create": "test_failpoints",
+    "retire.names": "test_failpoints",
+    "group cut": "test_groups",
+    "adopt.groups": "test_groups",
+    "resize": "test_resize_kill",
+    "journal": "process/test_journal",
+}
+
+
+def test_every_failpoint_is_in_the_matrix_or_in_a_test_of_its_own() -> None:
+    reached = {point for points in REACHED.values() for point in points}
+    elsewhere = {point.name for point in POINTS if ELSEWHERE.keys() & {point.name, point.protocol}}
+    assert reached | elsewhere == {point.name for point in POINTS}
+    assert len(set(ROUNDS)) == len(ROUNDS)
