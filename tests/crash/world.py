@@ -136,14 +136,14 @@ class World:
         self.control.mode = wave.RUN
 
     def pause(self) -> None:
-        """Have every writer stand still between two writes."""
+        """Have every writer that is not stopped stand still between two writes."""
         self.control.mode = wave.PAUSE
         wait_for(self._stand_still, "the writers stand still", PATIENCE_S)
 
     def _stand_still(self) -> bool:
         for number, writer in self.writers.items():
             assert writer.poll() is None, f"writer {number} ended: {writer.returncode}"
-        return all(map(self.control.paused, self.writers))
+        return all(self.control.paused(n) for n, writer in self.writers.items() if writer.pid not in self.stopped)
 
     def let_write(self, writes: int = wave.WIDTH + 2) -> None:
         """Have them write, and wait until each that is not stopped has done so much: all live writers make progress."""
