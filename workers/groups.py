@@ -97,6 +97,7 @@ def take_group(requests: Sequence[Request], *, quiesce: Quiesce | None = None) -
             entry = request.coordinator.prepare(request)
             undo.callback(request.coordinator.discard, entry)
             entries.append(entry)
+        taken = False
         with quiesce or nullcontext(), ExitStack() as locks:
             owners = {request.coordinator.segment.name: request.coordinator for request in requests}
             for _, owner in sorted(owners.items()):
@@ -107,6 +108,9 @@ def take_group(requests: Sequence[Request], *, quiesce: Quiesce | None = None) -
             cut = take_cut(places, min(owner.drain_limit_s for owner in owners.values()))
             for request, entry in members:
                 request.coordinator.activate(entry, cut)
+            taken = True
+        if not taken:
+            raise RuntimeError("quiesce has swallowed the error for which no cut was taken")
         # Opening a snapshot can fail, adding a job can't: so jobs come last.
         kept: dict[int, Job | CoordinatorSnapshot] = {}
         for number, request in sorted(enumerate(requests), key=lambda pair: pair[1].job):

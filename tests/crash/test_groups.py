@@ -6,6 +6,7 @@ committed goes on and is one instant.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -16,10 +17,11 @@ import pytest
 
 import shmcbw
 from shmcbw.invariants import check
+from shmcbw.status import describe_segment
 from shmcbw.workers import Coordinator
 from tests.conftest import wait_for
 from tests.owner import Owner
-from tests.processes import running, write_pairs_across_forever
+from tests.processes import running, write_forever, write_pairs_across_forever
 
 SIZE = 1 << 20
 OFFSETS = (0, 500_000)
@@ -66,6 +68,10 @@ def world(make_image: Callable[..., Path], tmp_path: Path) -> Iterator[World]:
     # The coordinator closed before the writers were killed: the next one takes away what they left.
     for image in images:
         Coordinator(image, workers=1).close()
+
+
+def stopped(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
 def interrupted(world: World, stack: ExitStack, point: str, action: str) -> Owner:
@@ -180,7 +186,7 @@ def test_a_coordinator_that_sleeps_over_its_limit_hears_what_became_of_the_cut(
     """The writers end the drained sections by themselves; what was published before that stands only if all was."""
     with ExitStack() as stack:
         owner = interrupted(world, stack, point, "stop")
-        wait_for(lambda: Path(f"/proc/{owner.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T", "stopped")
+        wait_for(lambda: stopped(owner.pid), "stopped")
         world.all_write()
         os.kill(owner.pid, signal.SIGCONT)
         answer = owner.answer() or {}
@@ -193,3 +199,25 @@ def test_a_coordinator_that_sleeps_over_its_limit_hears_what_became_of_the_cut(
     assert not taken or is_one_instant(world.targets)
     left = {path.name for path in world.targets[0].parent.iterdir()}
     assert left <= {"data.img", "log.img", "data.bak", "log.bak"}
+
+
+def test_what_was_published_of_a_failed_group_is_broken_before_its_image_opens(world: World) -> None:
+    """Nobody writes to the first image, so nobody opens it; the second one's writers give the cut up at its limit."""
+    with ExitStack() as stack:
+        owner = Owner(*world.images, SHMCBW_FAILPOINTS="coordinator.group_published_one=delay:2500,break.state=stop")
+        stack.callback(owner.end)
+        assert owner.answer() == {"ok": []}
+        disks = [stack.enter_context(shmcbw.open(image)) for image in world.images]
+        stack.enter_context(running(write_forever, str(world.images[1]), 1))
+        owner.send(do="group", targets=[str(target) for target in world.targets])
+        wait_for(lambda: stopped(owner.pid), "the first snapshot is broken", 20)
+        first, second = (describe_segment(disk._attached()) for disk in disks)
+        assert (first["snapshots"][0]["state"], first["epoch"] % 2) == ("broken", 1)
+        assert first["snapshots"][0]["broken"]["errno"] == errno.ECANCELED
+        assert (second["snapshots"][0]["state"], second["epoch"] % 2) == ("abandoned", 0)
+        os.kill(owner.pid, signal.SIGCONT)
+        assert (owner.answer() or {})["error"] == "CutAbandonedError"
+        for disk in disks:
+            disk.pwrite(b"x", 0)
+        assert owner.ask(do="close") == {"ok": None}
+    assert not list(world.targets[0].parent.glob("*.bak*"))

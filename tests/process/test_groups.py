@@ -6,14 +6,17 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 import shmcbw
+from shmcbw.image import ImageFile
 from shmcbw.invariants import check
+from shmcbw.layout import Snapshot
+from shmcbw.reader import SnapshotReader
 from shmcbw.workers import Backup, Coordinator, CoordinatorSnapshot, Scratch, backup_group, snapshot_group, take_group
 from tests.conftest import wait_for
 from tests.processes import hold_in_flight, running, write_pairs_across_forever
@@ -69,13 +72,13 @@ def test_pairs_written_across_two_images_are_never_torn(
     images: list[Path], coordinators: list[Coordinator], tmp_path: Path
 ) -> None:
     with pair_writers(images, coordinators):
-        for turn in range(40):
+        for turn in range(100):
             scratches = [Scratch(each, tmp_path / f"{turn}.{number}") for number, each in enumerate(coordinators)]
             first, second = snapshot_group(scratches)
             with first, second:
                 assert torn([first.pread, second.pread]) == [], f"cut {turn}"
                 assert first.drained_ns == second.drained_ns > 0
-        assert [each.status()["counters"]["cuts"] for each in coordinators] == [40, 40]
+        assert [each.status()["counters"]["cuts"] for each in coordinators] == [100, 100]
 
 
 def test_two_cuts_one_after_the_other_are_torn(
@@ -256,6 +259,35 @@ def _scratches(coordinators: list[Coordinator], directory: Path) -> list[Scratch
 def _state(coordinators: list[Coordinator]) -> tuple[list[int], list[str]]:
     found = [each.status() for each in coordinators]
     return [each["epoch"] for each in found], [snapshot["state"] for each in found for snapshot in each["snapshots"]]
+
+
+def test_an_error_that_quiesce_swallows_is_not_taken_for_a_cut(images: list[Path], tmp_path: Path) -> None:
+    with Coordinator(images[0], workers=1) as coordinator, running(hold_in_flight, str(images[0])):
+        wait_for(partial(_in_flight, coordinator), "in flight")
+        with pytest.raises(RuntimeError, match="swallowed"):
+            coordinator.backup(tmp_path / "out", quiesce=suppress(shmcbw.CutAbandonedError))
+        assert coordinator.status()["snapshots"] == coordinator.status()["jobs"] == []
+        assert not list(tmp_path.glob("out*"))
+
+
+def test_an_active_snapshot_of_a_group_that_is_not_committed_is_taken_as_right_by_nobody(
+    images: list[Path], coordinators: list[Coordinator], tmp_path: Path
+) -> None:
+    """As a dead coordinator leaves it between two publications, before anybody adopts it."""
+    segment = coordinators[0].segment
+    with coordinators[0].snapshot(tmp_path / "scratch") as snapshot, shmcbw.open(images[0]) as disk:
+        segment.set_snapshot(0, Snapshot.group, 1 << 40)
+        assert [violation.invariant for violation in check(segment, settle_s=0.1)] == ["I9"]
+        image = ImageFile.open(images[0], writable=False)
+        with pytest.raises(shmcbw.ClosedError, match="group"):
+            SnapshotReader(segment, 0, segment.snapshot(0, Snapshot.serial), image, -1)
+        image.close()
+        # Its clusters are copied for writers all the same: it may turn out to be committed.
+        disk.pwrite(b"later", 0)
+        assert disk.statistics()["wait_count"] == 1
+        segment.set_snapshot(0, Snapshot.group, 1 << 40 | 1)
+        assert check(segment, settle_s=0.1) == []
+        assert snapshot.pread(5, 0) != b"later"
 
 
 def test_closing_waits_for_a_cut_and_its_quiesce(images: list[Path], tmp_path: Path) -> None:
