@@ -127,15 +127,16 @@ class _Section:
 
     def _commit(self) -> bool:
         """Of a group: the leader's word decides, then the others repeat it."""
+        if len(self._places) == 1:
+            return True
         leader, leader_index = self._places[0]
         group = group_of(leader, leader_index)
-        if group:
-            hit(leader.failpoints, _PUBLISHED_ALL)
-            commit(leader, leader_index, group)
-            hit(leader.failpoints, _COMMITTED)
-            for segment, index in self._places[1:]:
-                commit(segment, index, group)
-                hit(segment.failpoints, _TOLD_ONE)
+        hit(leader.failpoints, _PUBLISHED_ALL)
+        commit(leader, leader_index, group)
+        hit(leader.failpoints, _COMMITTED)
+        for segment, index in self._places[1:]:
+            commit(segment, index, group)
+            hit(segment.failpoints, _TOLD_ONE)
         return counts(leader, leader_index)
 
     def _fail(self) -> None:
