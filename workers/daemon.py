@@ -24,7 +24,7 @@ from shmcbw.snapshots import state_of
 
 from .coordinator import Coordinator
 from .nodes import Graph
-from .qmp import bitmap_commands, general, node_commands, own_commands
+from .qmp import bitmap_commands, general, node_commands, own_commands, resize_command
 from .qmp.desk import Desk
 from .qmp.server import Server, runtime_directory
 from .settings import Options
@@ -40,7 +40,7 @@ class Daemon:
         self._path = os.path.abspath(options.qmp or os.path.join(runtime_directory(), "qmp.sock"))
         self._graph = Graph(self._serve)
         self._desk = Desk(self._graph, options.name, self._stop_soon)
-        for subject in (general, node_commands, bitmap_commands, own_commands):
+        for subject in (general, node_commands, bitmap_commands, own_commands, resize_command):
             self._desk.learn(subject.HANDLERS)
         self._server = Server(self._path, f"shmcbw {__version__}", self._desk.execute)
         self._loop: asyncio.AbstractEventLoop | None = None

@@ -37,6 +37,8 @@ from shmcbw.image import ImageFile, file_size
 from shmcbw.layout import Geometry, Header
 from shmcbw.segment import Segment
 
+from .permissions import ImageLock
+
 _ANNOUNCED, _ALLOCATED, _GROWN, _COMMITTED = (
     index_of(f"resize.{step}") for step in ("announced", "allocated", "grown", "committed")
 )
@@ -137,3 +139,16 @@ def _mark_foreign(segment: Segment, image: ImageFile, memory: mmap.mmap, geometr
         count = min(_MARKS_AT_ONCE, geometry.clusters - cluster)
         offset = geometry.epoch_map_offset + 4 * cluster
         memory[offset : offset + 4 * count] = now.to_bytes(4, "little") * count
+
+
+def resize_unserved(path: str, size_bytes: int) -> None:
+    """Make a file that no coordinator serves larger or smaller.  ImageInUseError if a QEMU has it; OSError."""
+    image = ImageFile.open(path, writable=True)
+    lock = ImageLock(image)
+    try:
+        lock.take()
+        lock.hold_resize()
+        os.ftruncate(image.fd, size_bytes)
+    finally:
+        lock.close()
+        image.close()

@@ -300,7 +300,7 @@ COMMANDS = (
     Command("query-block", "The served images, each as a device.", gives=List(BLOCK_INFO), alters=False),
     Command(
         "block_resize",
-        "Grows or shrinks an image; refused while it has snapshots.",
+        "Grows a served image, writers follow; refused while it has snapshots.  Another file may shrink too.",
         optional("device", STRING),
         optional("node-name", STRING),
         Member("size", INTEGER, "bytes"),
