@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -169,6 +171,38 @@ def test_one_coordinator_adopts_the_whole_group(world: World, committed: bool) -
         assert owner.answer() == {"ok": expected}
         assert owner.ask(do="wait") == owner.ask(do="close") == {"ok": None}
     assert not committed or is_one_instant(world.targets)
+
+
+def test_coordinators_killed_at_any_moment_of_group_cuts_leave_all_or_nothing(world: World) -> None:
+    """Not at failpoints but at random, one coordinator after the other, while the same writers go on."""
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    with ExitStack() as stack:
+        first = Owner(*world.images)
+        stack.callback(first.end)
+        assert first.answer() == {"ok": []}
+        for offset in OFFSETS:
+            stack.enter_context(running(write_pairs_across_forever, *map(str, world.images), offset))
+        disks = [stack.enter_context(shmcbw.open(image)) for image in world.images]
+        wait_for(
+            lambda: all(any(disk.pread(8, offset)) for disk in disks for offset in OFFSETS), "the writers write", 20
+        )
+        for turn in range(4):
+            targets = [target.with_name(f"{turn}.{target.name}") for target in world.targets]
+            first.send(do="group", targets=[str(target) for target in targets])
+            # Not to wait for anything: the moment is to be anywhere in preparation, cut and copying.
+            time.sleep(rng.uniform(0, 0.03))
+            first.end()
+            first = Owner(*world.images)
+            stack.callback(first.end)
+            answer = (first.answer() or {})["ok"]
+            assert first.ask(do="wait") == {"ok": None}
+            there = [target.exists() for target in targets]
+            assert there[0] == there[1], f"turn {turn}: adopted {answer}"
+            assert not there[0] or is_one_instant(targets)
+            assert not [path for path in targets[0].parent.iterdir() if "partial" in path.name]
+        assert first.ask(do="close") == {"ok": None}
 
 
 @pytest.mark.parametrize(
