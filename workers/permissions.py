@@ -28,6 +28,7 @@ import errno
 import fcntl
 import logging
 import os
+import resource
 import struct
 import time
 import weakref
@@ -82,7 +83,8 @@ class ImageLock:
         # The same file whatever became of its name; an open file of its own, so closing others drops nothing.
         fd = os.open(f"/proc/self/fd/{self._image.fd}", os.O_RDONLY | os.O_CLOEXEC)
         try:
-            self.fd = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, DESCRIPTOR_MIN)
+            least = min(DESCRIPTOR_MIN, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+            self.fd = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, least)
         finally:
             os.close(fd)
         try:
