@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.context import SpawnProcess
+from multiprocessing.synchronize import Semaphore
 from typing import Any
 
 import shmcbw
@@ -65,6 +66,18 @@ def write_pairs_across_forever(first: str, second: str, offset: int) -> None:
             count += 1
             one.pwrite(count.to_bytes(8, "little"), offset)
             other.pwrite(count.to_bytes(8, "little"), offset)
+
+
+def sweep_pairs(first: str, second: str, step: int, go: Semaphore, begun: Semaphore) -> None:
+    """At each `go` write each block once, to one image and then to the other; `begun` at a quarter and at the end."""
+    with shmcbw.open(first) as one, shmcbw.open(second) as other:
+        while go.acquire(timeout=60):
+            for offset in range(0, one.size_bytes, step):
+                one.pwrite(b"x", offset)
+                other.pwrite(b"x", offset)
+                if offset == one.size_bytes // 4:
+                    begun.release()
+            begun.release()
 
 
 def hold_in_flight(path: str) -> None:

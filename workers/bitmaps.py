@@ -169,10 +169,26 @@ class Bitmaps(Mapping[str, DirtyBitmap]):
     def check(self, actions: Sequence[BitmapAction]) -> bool:
         """Try what `run` would do, and change nothing: whether it needs a boundary.  BitmapError."""
         with self._lock:
-            tried = {name: copy.copy(bitmap) for name, bitmap in self._bitmaps.items()}
-            # All of them are tried, whatever the first one says.
-            records = [self._act(tried, action, self.last_boundary) for action in actions]
-            return any(records)
+            return self._try(actions)[1]
+
+    def _try(self, actions: Sequence[BitmapAction]) -> tuple[dict[str, DirtyBitmap], bool]:
+        tried = {name: copy.copy(bitmap) for name, bitmap in self._bitmaps.items()}
+        # All of them, whatever the first one says.
+        records = [self._act(tried, action, self.last_boundary) for action in actions]
+        return tried, any(records)
+
+    def before(self, actions: Sequence[BitmapAction]) -> dict[str, DirtyBitmap | None]:
+        """What the bitmaps that actions would change are now, for `undo`."""
+        with self._lock:
+            return {action.name: self._bitmaps.get(action.name) for action in actions}
+
+    def undo(self, state: dict[str, DirtyBitmap | None]) -> None:
+        """Bitmaps are again what `before` has found; what was written since, the epochs know."""
+        with self._lock, self._change() as bitmaps:
+            for name, bitmap in state.items():
+                bitmaps.pop(name, None)
+                if bitmap is not None:
+                    bitmaps[name] = bitmap
 
     def _act(self, bitmaps: dict[str, DirtyBitmap], action: BitmapAction, boundary: Point) -> bool:
         """Change copies: whether something records from the boundary on."""
@@ -257,8 +273,13 @@ class Bitmaps(Mapping[str, DirtyBitmap]):
 
     # -- jobs --------------------------------------------------------------------------------------------------------
 
-    def check_job(self, sync: str, name: str | None, mode: str | None) -> str | None:
-        """The bitmap-mode of a job with this sync, bitmap and bitmap-mode, if they go together; else BitmapError."""
+    def check_job(
+        self, sync: str, name: str | None, mode: str | None, *, after: Sequence[BitmapAction] = ()
+    ) -> str | None:
+        """The bitmap-mode of a job with this sync, bitmap and bitmap-mode, if they go together; else BitmapError.
+
+        ``after``: actions that will have been done before.
+        """
         if sync in ("bitmap", "incremental") and name is None:
             raise BitmapError(f"must provide a valid bitmap name for '{sync}' sync mode")
         if sync == "incremental":
@@ -269,13 +290,15 @@ class Bitmaps(Mapping[str, DirtyBitmap]):
             if mode is not None:
                 raise BitmapError("Cannot specify bitmap sync mode without a bitmap")
             return None
-        if name not in self._bitmaps:
+        with self._lock:
+            bitmaps, _ = self._try(after)
+        if name not in bitmaps:
             raise BitmapError(f"Bitmap '{name}' could not be found")
         if mode is None:
             raise BitmapError("Bitmap sync mode must be given when providing a bitmap")
         if mode not in MODES:
             raise ValueError(f"bitmap_mode: {mode!r} is none of {', '.join(MODES)}")
-        self._bitmaps[name].check()
+        bitmaps[name].check()
         if sync == "none":
             raise BitmapError("sync mode 'none' does not produce meaningful bitmap outputs")
         if mode == "never" and sync not in ("bitmap", "incremental"):

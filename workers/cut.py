@@ -52,21 +52,24 @@ class Cut:
 NO_CUT = Cut(0, 0)
 
 
-def take_cut(places: Sequence[tuple[Segment, int]], limit_s: float) -> Cut:
+def take_cut(places: Sequence[tuple[Segment, int]], limit_s: float, also: Sequence[Segment] = ()) -> Cut:
     """Publish the snapshots at these places (segment, index), which are PREPARING and have everything they need.
 
+    also: further images for which this is to be a boundary, at the same instant, though none of their snapshots is cut.
     Blocks for at most ``limit_s``.  CutAbandonedError: the limit was reached, nothing has changed.
     """
-    return _Section(places).cut(limit_s)
+    return _Section(places, also).cut(limit_s)
 
 
 class _Section:
     """The drained section of all images of a cut."""
 
-    def __init__(self, places: Sequence[tuple[Segment, int]]) -> None:
+    def __init__(self, places: Sequence[tuple[Segment, int]], also: Sequence[Segment]) -> None:
         self._places = places
+        self._also = also
+        images = dict.fromkeys([*(segment for segment, _ in places), *also])
         #: Each image once, whatever number of its snapshots are in the group, with its odd epoch.
-        self._odd = {segment: _next_odd(segment) for segment in dict.fromkeys(segment for segment, _ in places)}
+        self._odd = {segment: _next_odd(segment) for segment in images}
         self._published: list[tuple[Segment, int]] = []
         self._holder: tuple[Segment, int] | None = None
 
@@ -112,7 +115,9 @@ class _Section:
                 self._holder = segment, slot
                 return False
             hit(segment.failpoints, _QUIET)
-        return True
+        # At this moment all of them are closed and quiet: those with a snapshot, if it can still be published; the
+        # others, if no waiting writer has ended their section.
+        return all(epoch(segment) == self._odd[segment] for segment in self._also)
 
     def _publish(self) -> bool:
         for segment, index in self._places:
@@ -127,7 +132,7 @@ class _Section:
 
     def _commit(self) -> bool:
         """Of a group: the leader's word decides, then the others repeat it."""
-        if len(self._places) == 1:
+        if len(self._places) <= 1:
             return True
         leader, leader_index = self._places[0]
         group = group_of(leader, leader_index)

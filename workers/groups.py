@@ -20,6 +20,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from shmcbw import states
+from shmcbw.epochs import epoch
 from shmcbw.layout import GROUP_MEMBERS_MAX
 
 from .cut import take_cut
@@ -79,19 +80,25 @@ class Scratch(Request):
     job = False
 
 
-def take_group(requests: Sequence[Request], *, quiesce: Quiesce | None = None) -> list[Job | CoordinatorSnapshot]:
+def take_group(
+    requests: Sequence[Request], *, quiesce: Quiesce | None = None, also: Sequence[Coordinator] = ()
+) -> list[Job | CoordinatorSnapshot]:
     """Take one cut for all requests, of any number of images and kinds: their jobs and snapshots, in order.
+
+    also: coordinators of further images for whose bitmaps this instant is to be a boundary (`Bitmaps.last_boundary`).
 
     Returns when the cut is taken.  Errors as of `Coordinator.backup`, and those of ``quiesce``: nothing has changed.
     Writes of all the images are held while the longest of the writes under way ends; ``drained_ns`` of each says how
     long, and the shortest of the coordinators' drain limits counts.
     """
-    if not requests:
+    if not requests and not also:
         raise ValueError("a group needs a member")
     if len(requests) > GROUP_MEMBERS_MAX:
         raise ValueError(f"a group of {len(requests)}: at most {GROUP_MEMBERS_MAX} snapshots can share a cut")
     with ExitStack() as ends, ExitStack() as undo:
         entries = []
+        for owner in also:
+            ends.enter_context(owner.kept_open())
         for request in requests:
             ends.enter_context(request.coordinator.kept_open())
             entry = request.coordinator.prepare(request)
@@ -99,13 +106,16 @@ def take_group(requests: Sequence[Request], *, quiesce: Quiesce | None = None) -
             entries.append(entry)
         taken = False
         with quiesce or nullcontext(), ExitStack() as locks:
-            owners = {request.coordinator.segment.name: request.coordinator for request in requests}
+            owners = {owner.segment.name: owner for owner in (*also, *(request.coordinator for request in requests))}
             for _, owner in sorted(owners.items()):
                 locks.enter_context(owner.lock)
                 owner.check_open()
             members = list(zip(requests, entries, strict=True))
             places = [(request.coordinator.segment, entry.index) for request, entry in members]
-            cut = take_cut(places, min(owner.drain_limit_s for owner in owners.values()))
+            limit_s = min(owner.drain_limit_s for owner in owners.values())
+            cut = take_cut(places, limit_s, [owner.segment for owner in also])
+            for owner in also:
+                owner.bitmaps.note_boundary(epoch(owner.segment) - 1)
             for request, entry in members:
                 request.coordinator.activate(entry, cut)
             taken = True

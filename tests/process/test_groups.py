@@ -18,8 +18,9 @@ from shmcbw.invariants import check
 from shmcbw.layout import Snapshot
 from shmcbw.reader import SnapshotReader
 from shmcbw.workers import Backup, Coordinator, CoordinatorSnapshot, Scratch, backup_group, snapshot_group, take_group
+from shmcbw.workers.bitmaps import BitmapAction
 from tests.conftest import wait_for
-from tests.processes import hold_in_flight, running, write_pairs_across_forever
+from tests.processes import CONTEXT, hold_in_flight, running, sweep_pairs, write_pairs_across_forever
 
 SIZE = 1 << 20
 #: Where each pair is, and whether it is written to the first image first.
@@ -327,3 +328,25 @@ def test_an_empty_group_and_a_huge_one_are_refused(coordinators: list[Coordinato
         take_group([Backup(coordinators[0], "x")] * 129)
     with pytest.raises(ValueError, match="sync"):
         Backup(coordinators[0], "x", sync="some")
+
+
+def test_bitmaps_of_several_images_begin_at_one_instant(make_image: Callable[..., Path]) -> None:
+    size, cluster = 1 << 20, 4096
+    images = [make_image(size, "first.img"), make_image(size, "second.img")]
+    with ExitStack() as stack:
+        owners = [stack.enter_context(Coordinator(image, cluster_size=cluster, drain_limit=5)) for image in images]
+        go, begun = CONTEXT.Semaphore(0), CONTEXT.Semaphore(0)
+        stack.enter_context(running(sweep_pairs, str(images[0]), str(images[1]), cluster, go, begun))
+        for round_ in range(20):
+            go.release()
+            assert begun.acquire(timeout=30)
+            take_group([], also=owners)
+            for owner in owners:
+                owner.bitmaps.run([BitmapAction("add", f"b{round_}")], at=owner.bitmaps.last_boundary)
+            assert begun.acquire(timeout=30), "the sweep has ended"
+            first, second = (
+                {offset for run, length in owner.bitmaps.extents(f"b{round_}") for offset in range(run, run + length)}
+                for owner in owners
+            )
+            # Written to the first image after the instant, but to the second one before it: that was no instant.
+            assert first <= second
