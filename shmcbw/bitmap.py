@@ -24,6 +24,7 @@ import mmap
 import os
 
 from . import _core
+from .image import close_descriptor
 from .segment import SHM, Access, Segment, create_shared_memory, open_shared_memory, unlink_shared_memory
 
 PENDING = 0
@@ -79,7 +80,7 @@ class Bitmap:
         try:
             return cls(mmap.mmap(fd, size), segment.geometry.clusters, serial)
         finally:
-            os.close(fd)
+            close_descriptor(fd)
 
     @classmethod
     def attach(cls, segment: Segment, serial: int) -> Bitmap:
@@ -92,7 +93,7 @@ class Bitmap:
                 raise FileNotFoundError(2, "not the bitmap of this snapshot", bitmap_name(segment, serial))
             return cls(mmap.mmap(fd, size), segment.geometry.clusters, serial)
         finally:
-            os.close(fd)
+            close_descriptor(fd)
 
     @staticmethod
     def unlink(segment: Segment, serial: int) -> None:

@@ -48,6 +48,30 @@ class ShmcbwError(Exception):
     exit_status = 1
 
 
+class naming:
+    """An OSError that leaves the block says what was attempted on which file; its errno, and so its class, stays.
+
+    The system names a path only where it was given one, which is seldom what the caller knows about.  An error that
+    has the path in it, or is one of ours, is left as it is.
+    """
+
+    __slots__ = ("_action", "_path")
+
+    def __init__(self, path: str, action: str) -> None:
+        self._path = path
+        self._action = action
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if not isinstance(error, OSError) or isinstance(error, ShmcbwError) or self._path in str(error):
+            return
+        where = f" ({error.filename})" if error.filename is not None else ""
+        message = f"{self._path}: {self._action}: {error.strerror or error}{where}"
+        raise OSError(error.errno, message) if error.errno else type(error)(message) from error
+
+
 class OutOfRangeError(ShmcbwError, ValueError):
     """An offset or a length lies outside the image; nothing was changed."""
 
@@ -211,7 +235,10 @@ class VerificationError(ShmcbwError):
 
 
 class JobFailedError(ShmcbwError, OSError):
-    """A background copy failed and the job with it; the target was removed."""
+    """A background copy failed, or the target could not be finished, and the job with it.
+
+    The target was removed; or it has its name already, and the message says what is not sure about it.
+    """
 
     exit_status = 5
 

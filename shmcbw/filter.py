@@ -31,6 +31,7 @@ from .errors import (
     OutOfRangeError,
     ReadOnlyImageError,
     ShmcbwError,
+    naming,
 )
 from .failpoints import failure
 from .image import ImageFile, file_size
@@ -94,7 +95,8 @@ class Disk(_core.Filter):
     """
 
     def __init__(self, path: str | os.PathLike[str], *, read_only: bool = False) -> None:
-        self._image = ImageFile.open(path, writable=not read_only)
+        with naming(os.fspath(path), "can't be opened"):
+            self._image = ImageFile.open(path, writable=not read_only)
         self._mapping: mmap.mmap | None = None
         #: Mappings of the size before a resize; calls that are inside use them.
         self._former: list[mmap.mmap] = []
@@ -109,9 +111,10 @@ class Disk(_core.Filter):
         self._closed = False
         self._size_bytes = self._image.size_bytes
         try:
-            self._attach()
-            if not read_only:
-                self._take_slot()
+            with naming(self.path, "can't be opened through the filter"):
+                self._attach()
+                if not read_only:
+                    self._take_slot()
         except BaseException:
             self.close()
             raise
@@ -141,7 +144,8 @@ class Disk(_core.Filter):
         """Sync the source to its storage (fdatasync); snapshots' targets are their owner's business."""
         if self._closed:
             raise ClosedError(f"{self.path}: flush of a closed disk")
-        os.fdatasync(self._image.fd)
+        with naming(self.path, "its data can't be synced"):
+            os.fdatasync(self._image.fd)
 
     def statistics(self) -> dict[str, Any]:
         """Counters of this handle since it was opened, all its threads together.
@@ -238,17 +242,21 @@ class Disk(_core.Filter):
             for _ in range(_ATTACH_TRIES):
                 segment = self._attached()
                 try:
-                    slot = acquire_slot(segment)
+                    slot = acquire_slot(segment, self._slots)
                 except NoFreeSlotError:
                     if not self._is_gone(segment):
                         raise
                 else:
-                    # Partner: `segment.try_retire` stores `retired` and then tests the locks.  One sees the other.
-                    if not self._is_gone(segment):
-                        self._bind(slot, segment.semaphore(f"s{slot}"))
-                        self._slots.add(slot)
-                        self._local.lease = _Lease(self, slot)
-                        return
+                    try:
+                        # Partner: `segment.try_retire` stores `retired` and then tests the locks.  One sees the other.
+                        if not self._is_gone(segment):
+                            self._bind(slot, segment.semaphore(f"s{slot}"))
+                            self._slots.add(slot)
+                            self._local.lease = _Lease(self, slot)
+                            return
+                    except BaseException:
+                        release_slot(segment, slot)
+                        raise
                     release_slot(segment, slot)
                 self._leave_segment()
                 self._attach()
@@ -326,9 +334,11 @@ class Disk(_core.Filter):
             if self._closed:
                 raise ClosedError(f"{self.path}: the disk is closed")
             if self._segment is None:
-                self._attach()
+                with naming(self.path, "its shared memory can't be used"):
+                    self._attach()
         if for_writing and getattr(self._local, "lease", None) is None:
-            self._take_slot()
+            with naming(self.path, "this thread can't write"):
+                self._take_slot()
 
     def _map_bitmap(self, index: int) -> None:
         """Map the bitmap of a snapshot that became active, and let go of those that are no more."""
@@ -374,7 +384,12 @@ class Disk(_core.Filter):
     def _leave_gate(self, odd: int) -> None:
         """The drained section with this odd epoch lasts.  If its coordinator is dead or its limit is over, end it."""
         segment = self._attached()
-        if time.monotonic_ns() >= segment.header(Header.drain_deadline_ns) or not segment.locked(COORDINATOR):
+        try:
+            orphaned = not segment.locked(COORDINATOR)
+        except OSError:
+            # No write fails because nobody can say: the deadline ends the section.
+            orphaned = False
+        if orphaned or time.monotonic_ns() >= segment.header(Header.drain_deadline_ns):
             abandon(segment, odd)
 
     def _fault(self, offset: int, length: int) -> OSError:
@@ -404,17 +419,21 @@ class Disk(_core.Filter):
     def _finish_close(self) -> None:
         while self._stop():
             time.sleep(0.001)
-        with self._lock:
-            for slot in list(self._slots):
-                self._give_back(slot)
-            if self._segment is not None:
-                leave_last(self._segment)
-            self._leave_segment()
-            if self._mapping is not None:
-                for mapping in (self._mapping, *self._former):
-                    mapping.close()
-                self._mapping = None
-            self._image.close()
+        with self._lock, naming(self.path, "not all of it could be given back"):
+            try:
+                for slot in list(self._slots):
+                    self._give_back(slot)
+                if self._segment is not None:
+                    leave_last(self._segment)
+            finally:
+                # What could not be given back is free with the segment's descriptor, which holds its lock.
+                self._slots.clear()
+                self._leave_segment()
+                if self._mapping is not None:
+                    for mapping in (self._mapping, *self._former):
+                        mapping.close()
+                    self._mapping = None
+                self._image.close()
 
     def __enter__(self) -> Disk:
         return self

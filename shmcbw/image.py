@@ -49,6 +49,19 @@ class Identity:
         raise ImageError(errno.EINVAL, "an image must be a regular file or a block device")
 
 
+def close_descriptor(fd: int) -> None:
+    """Close a descriptor for good; what the file system has to say at that is not an error of ours.
+
+    The kernel has freed the descriptor whatever close() answers, so nobody may try again.  What was written through it
+    was synced before, or does not count; and an exception here would keep everything behind it from being let go.
+    """
+    try:
+        os.close(fd)
+    except OSError as error:
+        if error.errno == errno.EBADF:
+            raise
+
+
 class ImageFile:
     """An open image.  ``close()`` gives the descriptor back; mappings live on."""
 
@@ -85,7 +98,7 @@ class ImageFile:
                 raise ImageError(errno.EINVAL, f"{name}: the image is empty (0 bytes)")
             return cls(name, fd, identity, size_bytes, writable=writable)
         except BaseException:
-            os.close(fd)
+            close_descriptor(fd)
             raise
 
     def map(self, size_bytes: int | None = None) -> mmap.mmap:
@@ -95,8 +108,8 @@ class ImageFile:
 
     def close(self) -> None:
         if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+            fd, self.fd = self.fd, -1
+            close_descriptor(fd)
 
 
 def file_size(fd: int) -> int:

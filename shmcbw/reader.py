@@ -27,10 +27,11 @@ from .errors import (
     OutOfRangeError,
     SnapshotBrokenError,
     SnapshotInaccessibleError,
+    naming,
 )
 from .failpoints import hit, index_of
 from .groups import counts
-from .image import HONEST_HOLES, Identity, ImageFile, file_size, next_data
+from .image import HONEST_HOLES, Identity, ImageFile, close_descriptor, file_size, next_data
 from .layout import SNAPSHOT_COUNT, Snapshot
 from .segment import Segment, attach
 from .snapshots import PARTIAL_SUFFIX, broken_error, state_of, target_path, wake_all
@@ -85,8 +86,8 @@ class SnapshotReader:
         self._odd_epoch = segment.snapshot(index, Snapshot.state) >> 32
         self._image = image
         self._target_fd = target_fd
-        self._bitmap = Bitmap.attach(segment, serial)
         self._honest_holes = _core.file_system(image.fd) in HONEST_HOLES
+        self._bitmap = Bitmap.attach(segment, serial)
         self._closed = False
         #: Of a backup: its target gets its name, and must not have holes.  Now, for the entry may be used again.
         is_job = bool(segment.snapshot(index, Snapshot.job))
@@ -182,7 +183,8 @@ class SnapshotReader:
     def _read(self, view: memoryview, count: int, offset: int, *, partial: bool) -> int:
         call = self._enter("read", count, offset)
         try:
-            found = self._fill(view, offset)
+            with naming(self._image.path, f"{count} bytes at {offset} of its snapshot can't be read"):
+                found = self._fill(view, offset)
         finally:
             self._leave(call)
         if found < count and not (partial and found):
@@ -241,7 +243,8 @@ class SnapshotReader:
         """
         call = self._enter("block status", count, offset)
         try:
-            return self._extents(count, offset, limit)
+            with naming(self._image.path, "what is data of its snapshot can't be found out"):
+                return self._extents(count, offset, limit)
         finally:
             self._leave(call)
 
@@ -365,10 +368,9 @@ class SnapshotReader:
                 total += length
                 try:
                     _core.punch_hole(self._target_fd, offset, length)
-                except OSError as error:
-                    # A target that can't keeps what it has; one that we may only read (EBADF) as well.
-                    if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.EBADF):
-                        raise
+                except OSError:
+                    # The space stays in use, no more: nobody reads these bytes again.
+                    pass
             first = run_end
         return total
 
@@ -382,7 +384,7 @@ class SnapshotReader:
         while self._inside_pid == os.getpid() and set(self._inside.values()) - {threading.get_ident()}:
             time.sleep(0.001)
         self._bitmap.close()
-        os.close(self._target_fd)
+        close_descriptor(self._target_fd)
         self._image.close()
 
     def __enter__(self) -> Self:
@@ -417,6 +419,11 @@ def open_snapshot(
     NoCoordinatorError, NoSnapshotError: there is none (it says which there are); SnapshotBrokenError; PermissionError
     and other OSErrors: image or target can't be read.  A target that we may not write is read, and keeps its space.
     """
+    with naming(os.fspath(image), "no snapshot of it can be opened"):
+        return _open(image, snapshot)
+
+
+def _open(image: str | os.PathLike[str], snapshot: int | str | os.PathLike[str] | None) -> SnapshotReader:
     file = ImageFile.open(image, writable=False)
     try:
         segment = attach(file)
@@ -439,7 +446,7 @@ def open_snapshot(
             raise
     except BaseException:
         if target_fd >= 0:
-            os.close(target_fd)
+            close_descriptor(target_fd)
         segment.close()
         file.close()
         raise
@@ -474,7 +481,7 @@ def _open_target(segment: Segment, index: int) -> int:
         if Identity.of(os.fstat(fd)) != expected:
             raise OSError(errno.ESTALE, "another file than the snapshot's target", path)
     except BaseException:
-        os.close(fd)
+        close_descriptor(fd)
         raise
     return fd
 

@@ -34,7 +34,7 @@ import posix_ipc
 
 from . import _core, failpoints
 from .errors import ForeignSegmentError, LayoutVersionError, NoCoordinatorError, ShmcbwError
-from .image import Identity, ImageFile, file_size
+from .image import Identity, ImageFile, close_descriptor, file_size
 from .layout import MAGIC, SNAPSHOT_COUNT, VERSION, WORKER_ID_MAX, Geometry, Header, Snapshot, Word
 
 TYPE_CHECKING = False  # see failpoints.py
@@ -128,13 +128,15 @@ def create_shared_memory(name: str, size_bytes: int, access: Access) -> int:
         raise FileExistsError(errno.EEXIST, "shared memory exists", name) from None
     except posix_ipc.Error as error:
         raise PermissionError(errno.EACCES, f"can't make shared memory: {error}", name) from None
+    except OSError as error:
+        raise _with_errno(error, name) from None
     try:
         os.ftruncate(memory.fd, size_bytes)
         os.posix_fallocate(memory.fd, 0, size_bytes)
         access.apply(memory.fd)
     except OSError as error:
-        posix_ipc.unlink_shared_memory(name)
-        os.close(memory.fd)
+        unlink_shared_memory(name)
+        close_descriptor(memory.fd)
         raise OSError(error.errno, f"can't allocate {size_bytes} bytes of shared memory in {SHM}", name) from error
     return memory.fd
 
@@ -147,6 +149,14 @@ def open_shared_memory(name: str) -> int:
         raise FileNotFoundError(errno.ENOENT, "no such shared memory", name) from None
     except posix_ipc.PermissionsError:
         raise PermissionError(errno.EACCES, "shared memory of another user", name) from None
+    except OSError as error:
+        raise _with_errno(error, name) from None
+
+
+def _with_errno(error: OSError, name: str) -> OSError:
+    """posix_ipc tells of too many open files in words only."""
+    number = error.errno or errno.EMFILE
+    return OSError(number, os.strerror(number), f"{SHM}{name}")
 
 
 def unlink_shared_memory(name: str) -> None:
@@ -271,12 +281,7 @@ class Segment:
 
     def linked(self) -> bool:
         """Whether the name still leads to this segment."""
-        try:
-            found = os.stat(f"{SHM}{self.name}")
-        except FileNotFoundError:
-            return False
-        mine = os.fstat(self.fd)
-        return (found.st_dev, found.st_ino) == (mine.st_dev, mine.st_ino)
+        return _leads_to(self.name, self.fd)
 
     # -- resize ----------------------------------------------------------------------------------------------------
 
@@ -296,7 +301,11 @@ class Segment:
 
     def map_larger(self, geometry: Geometry) -> mmap.mmap:
         """A mapping of what a resize has made larger.  Nothing has moved: it shows the same pages as the old one."""
-        return _map(_lock_descriptor(self.fd), geometry.segment_size)
+        fd = _lock_descriptor(self.fd)
+        try:
+            return mmap.mmap(fd, geometry.segment_size)
+        finally:
+            close_descriptor(fd)
 
     def follow(self, memory: mmap.mmap, geometry: Geometry) -> None:
         """Use the larger mapping from now on; the old one stays for whoever is in it."""
@@ -335,8 +344,8 @@ class Segment:
     def close(self) -> None:
         """Let go of descriptor (and with it of all locks) and mapping.  A mapping in use elsewhere lives on."""
         if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+            fd, self.fd = self.fd, -1
+            close_descriptor(fd)
         self._semaphores.clear()
         for memory in (self.memory, *self._former):
             try:
@@ -355,8 +364,8 @@ def _close_in_child() -> None:
     """
     for segment in list(_segments):
         if segment.fd >= 0:
-            os.close(segment.fd)
-            segment.fd = -1
+            fd, segment.fd = segment.fd, -1
+            close_descriptor(fd)
 
 
 os.register_at_fork(after_in_child=_close_in_child)
@@ -373,8 +382,10 @@ def create(
     identity = image.identity
     name = segment_name(identity)
     fd = create_shared_memory(name, geometry.segment_size, access)
-    segment = Segment(name, _lock_descriptor(fd), _map(fd, geometry.segment_size), geometry, identity)
+    segment: Segment | None = None
     try:
+        memory = mmap.mmap(fd, geometry.segment_size)
+        segment = Segment(name, _lock_descriptor(fd), memory, geometry, identity)
         failpoints.hit(segment.failpoints, _ALLOCATED)
         if not segment.try_lock(COORDINATOR) or not segment.linked():
             raise FileExistsError(errno.EEXIST, "another coordinator was faster", name)
@@ -402,18 +413,28 @@ def create(
             before_visible()
         segment.set_header(Header.magic, MAGIC)
     except BaseException:
-        if segment.linked():
-            unlink_all(identity)
-        segment.close()
+        try:
+            if _leads_to(name, fd):
+                unlink_all(identity)
+        except OSError:
+            # Then an unfinished segment stays, whose lock nobody holds: the next coordinator discards it.
+            pass
+        if segment is not None:
+            segment.close()
         raise
+    finally:
+        close_descriptor(fd)
     return segment
 
 
-def _map(fd: int, size_bytes: int) -> mmap.mmap:
+def _leads_to(name: str, fd: int) -> bool:
+    """Whether a name of shared memory is (still) that of an open file."""
     try:
-        return mmap.mmap(fd, size_bytes)
-    finally:
-        os.close(fd)
+        found = os.stat(f"{SHM}{name}")
+    except FileNotFoundError:
+        return False
+    mine = os.fstat(fd)
+    return (found.st_dev, found.st_ino) == (mine.st_dev, mine.st_ino)
 
 
 def _lock_descriptor(fd: int) -> int:
@@ -500,7 +521,7 @@ def _try_attach(identity: Identity, owner: int) -> Segment | None:
             memory.close()
         raise
     finally:
-        os.close(fd)
+        close_descriptor(fd)
 
 
 def _check_header(memory: mmap.mmap, name: str, identity: Identity) -> Geometry:
@@ -565,7 +586,13 @@ def try_retire(segment: Segment) -> bool:
     """
     segment.set_header(Header.retired, 1)
     failpoints.hit(segment.failpoints, _MARKED)
-    if in_use(segment):
+    try:
+        used = in_use(segment)
+    except OSError:
+        # Nobody can say: somebody may be in it.
+        segment.set_header(Header.retired, 0)
+        raise
+    if used:
         segment.set_header(Header.retired, 0)
         return False
     unlink_all(segment.identity, segment.failpoints)
@@ -640,13 +667,12 @@ def discard_unused(identity: Identity, image_uid: int, wait_s: float = 7.0) -> N
             if time.monotonic() > deadline or owned:
                 raise ShmcbwError(f"{SHM}{name} can't be used, but live processes hold it: end them first")
             time.sleep(0.02)
-        mine, found = os.fstat(fd), os.stat(f"{SHM}{name}")
-        if (found.st_dev, found.st_ino) == (mine.st_dev, mine.st_ino):
+        if _leads_to(name, fd):
             unlink_all(identity)
     except FileNotFoundError:
         pass
     finally:
-        os.close(fd)
+        close_descriptor(fd)
 
 
 def _try_lock_all(fd: int) -> bool:

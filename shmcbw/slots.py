@@ -16,16 +16,26 @@ from .failpoints import hit, index_of
 from .layout import Slot, words
 from .segment import Segment, slot_byte, start_ticks
 
+TYPE_CHECKING = False  # see failpoints.py
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
 _LOCKED, _TAKEN, _CLEARED = index_of("slot.locked"), index_of("slot.taken"), index_of("slot.cleared")
 
 
-def acquire_slot(segment: Segment) -> int:
-    """Take a free slot for the calling thread; NoFreeSlotError if there is none."""
+def acquire_slot(segment: Segment, ours: Collection[int]) -> int:
+    """Take a free slot for the calling thread; NoFreeSlotError if there is none.
+
+    ours: slots that other threads have taken through the same open segment.  Its locks are those of the open file, so
+    for us their bytes look free: a slot that two threads share has one in-flight mark for both, and cuts would be torn.
+    """
     count = segment.geometry.slot_count
     # Two rounds: first those nobody uses; then any whose owner is dead.
     for used in (False, True):
         for index in range(count):
-            if (segment.slot(index, Slot.pid) != 0) is used and segment.try_lock(slot_byte(index)):
+            if index in ours or (segment.slot(index, Slot.pid) != 0) is not used:
+                continue
+            if segment.try_lock(slot_byte(index)):
                 hit(segment.failpoints, _LOCKED)
                 clear_slot(segment, index)
                 segment.set_slot(index, Slot.thread_id, threading.get_native_id())

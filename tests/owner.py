@@ -27,9 +27,11 @@ ROOT = Path(__file__).resolve().parents[1]
 class Owner:
     """The parent's end."""
 
-    def __init__(self, *images: Path, **environment: str) -> None:
+    module = "tests.owner"
+
+    def __init__(self, *arguments: Path, **environment: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.owner", *map(str, images)],
+            [sys.executable, "-m", self.module, *map(str, arguments)],
             cwd=ROOT,
             env={**os.environ, "SHMCBW_FAILPOINTS": "segment", **environment},
             stdin=subprocess.PIPE,

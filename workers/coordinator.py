@@ -12,8 +12,10 @@ from __future__ import annotations
 import atexit
 import contextlib
 import errno
+import functools
 import logging
 import math
+import mmap
 import os
 import threading
 import time
@@ -36,10 +38,11 @@ from shmcbw.errors import (
     ResizeRefusedError,
     ShmcbwError,
     TargetRefusedError,
+    naming,
 )
 from shmcbw.failpoints import hit, index_of
 from shmcbw.groups import resolve as resolve_group
-from shmcbw.image import Identity, ImageFile
+from shmcbw.image import Identity, ImageFile, close_descriptor
 from shmcbw.layout import SNAPSHOT_COUNT, WORKER_COUNT_MIN, Geometry, Header, Slot, Snapshot
 from shmcbw.reader import SnapshotReader
 from shmcbw.segment import (
@@ -103,7 +106,7 @@ class CoordinatorSnapshot(SnapshotReader):
         try:
             super().__init__(segment, entry.index, entry.serial, image, target_fd)
         except BaseException:
-            os.close(target_fd)
+            close_descriptor(target_fd)
             raise
         self._pid = os.getpid()
         self._coordinator = coordinator
@@ -173,15 +176,29 @@ class Coordinator:
         self._closing = False
         self._closed = False
         self._slots_looked_s = 0.0
+        self._complaints: dict[str, str] = {}
+        self._unadopted: list[tuple[int, TargetFile, Cut, OSError | ShmcbwError]] = []
         self._pid = os.getpid()
+        with naming(self.path, "can't be served"):
+            self._start(workers, cluster_size, slots, locking, state_dir, control)
+
+    def _start(
+        self,
+        workers: int,
+        cluster_size: int | None,
+        slots: int | None,
+        locking: str,
+        state_dir: str | os.PathLike[str] | None,
+        control: str,
+    ) -> None:
         # Absolute, once: the process may change its directory.
-        self._image = ImageFile.open(absolute(image), writable=False)
+        self._image = ImageFile.open(absolute(self.path), writable=False)
         self._image_lock = ImageLock(self._image, locking)
         self._saved = SavedBitmaps(state_dir, self._image, self.path) if state_dir is not None else None
         self._loaded: dict[str, DirtyBitmap] = {}
-        for name in sweep():
-            log.info("removed %s, which nobody used any more", name)
         try:
+            for name in sweep():
+                log.info("removed %s, which nobody used any more", name)
             geometry = Geometry(
                 self._image.size_bytes,
                 cluster_size or CLUSTER_SIZE_DEFAULT,
@@ -209,7 +226,7 @@ class Coordinator:
                 self._segment,
                 self.journal,
                 self._lock,
-                drain_limit,
+                self._drain_limit,
                 self._saved,
                 self._loaded if self._saved is not None else None,
             )
@@ -222,13 +239,15 @@ class Coordinator:
             if adopted:
                 self._adopt()
             self._pool.start()
+            # Not before: what a start that is refused can't take over, the next one perhaps can.
+            for unadopted in self._unadopted:
+                self._fail_adoption(*unadopted)
             self._supervisor = threading.Thread(target=self._supervise, name="shmcbw-supervisor", daemon=True)
             self._supervisor.start()
             # A program that ends without closing leaves no workers and no segment behind.
             atexit.register(self.close)
         except BaseException:
-            self._leave_segment()
-            self._image.close()
+            self._give_up()
             raise
 
     def _take_image(self) -> None:
@@ -237,6 +256,20 @@ class Coordinator:
         if self._saved is not None:
             self._loaded = self._saved.load()
             self._saved.mark(None, self._loaded)
+
+    def _give_up(self) -> None:
+        """The start has failed: let go of everything, and leave what there was to adopt to the next coordinator."""
+        try:
+            with contextlib.ExitStack() as stages:
+                stages.callback(self._image.close)
+                stages.callback(self._leave_segment)
+                for entry in self._entries.values():
+                    stages.callback(entry.target.close)
+                    stages.callback(entry.bitmap.close)
+                for snapshot in self._snapshots.values():
+                    stages.callback(SnapshotReader.close, snapshot)
+        except OSError as error:
+            log.warning("%s: while giving up the start: %s", self.path, error)
 
     # -- adoption --------------------------------------------------------------------------------------------------
 
@@ -268,8 +301,8 @@ class Coordinator:
                 continue
             entry = self._adopt_entry(index)
             if entry is None:
-                self._free_entry(index, segment.snapshot(index, Snapshot.serial))
-            elif state not in (states.ACTIVE, states.BROKEN, states.COMPLETE):
+                continue
+            if state not in (states.ACTIVE, states.BROKEN, states.COMPLETE):
                 self._release_entry(entry)
             elif index not in counting:
                 log.error("the snapshot to %s ends: the cut of its group was not completed", entry.target.path)
@@ -277,19 +310,21 @@ class Coordinator:
             else:
                 self._entries[index] = entry
                 if segment.snapshot(index, Snapshot.job):
-                    sync = segment.snapshot(index, Snapshot.sync)
-                    job = self.add_job(entry, next(name for name, value in states.SYNCS.items() if value == sync))
+                    job = self.add_job(entry, _sync_name(segment.snapshot(index, Snapshot.sync)))
                     log.info("adopted %r", job)
                 else:
                     self.add_snapshot(entry)
             self._reach("entry", "adopt")
-        self.bitmaps.release_all_but({str(entry.serial) for entry in self._entries.values()})
+        unadopted = {segment.snapshot(index, Snapshot.serial) for index, *_ in self._unadopted}
+        serials = {entry.serial for entry in self._entries.values()} | unadopted
+        self.bitmaps.release_all_but(set(map(str, serials)))
         self._unlink_strays()
 
     def _unlink_strays(self) -> None:
         """Bitmaps of snapshots that were freed by a coordinator that died before it removed their names."""
         segment = self._segment
-        known = {segment.snapshot(index, Snapshot.serial) for index in self._entries}
+        used = [index for index in range(SNAPSHOT_COUNT) if state_of(segment, index) != states.FREE]
+        known = {segment.snapshot(index, Snapshot.serial) for index in used}
         for serial in bitmap_serials(segment):
             if serial not in known:
                 Bitmap.unlink(segment, serial)
@@ -300,23 +335,48 @@ class Coordinator:
         identity = Identity(
             segment.snapshot(index, Snapshot.target_device), segment.snapshot(index, Snapshot.target_inode)
         )
+        cut = Cut(segment.snapshot(index, Snapshot.cut_time_ns), segment.snapshot(index, Snapshot.drained_ns))
+        kind = ForwardFile if segment.snapshot(index, Snapshot.in_place) else TargetFile
+        working = target_path(segment, index)
+        target: TargetFile | None = None
         try:
-            kind = ForwardFile if segment.snapshot(index, Snapshot.in_place) else TargetFile
             target = kind.adopt(
-                target_path(segment, index),
+                working,
                 identity,
                 overwrite=bool(segment.snapshot(index, Snapshot.overwrite)),
                 manifest=bool(segment.snapshot(index, Snapshot.manifest)),
             )
             if target is None:
-                log.error("the target %s of an unfinished snapshot is gone: dropped", target_path(segment, index))
-                return None
-            bitmap = Bitmap.attach(segment, serial)
+                raise FileNotFoundError(errno.ENOENT, "it is gone", working)
+            increment = Increment.adopt(self.bitmaps, segment, index)
+            return Entry(index, serial, target, Bitmap.attach(segment, serial), cut, increment=increment)
         except (OSError, ShmcbwError) as error:
-            log.error("an unfinished snapshot can't be adopted: %s", error)
+            if target is not None:
+                target.close()
+            lost = kind(working.removesuffix(PARTIAL_SUFFIX), working, -1, identity)
+            self._unadopted.append((index, lost, cut, error))
             return None
-        cut = Cut(segment.snapshot(index, Snapshot.cut_time_ns), segment.snapshot(index, Snapshot.drained_ns))
-        return Entry(index, serial, target, bitmap, cut, increment=Increment.adopt(self.bitmaps, segment, index))
+
+    def _fail_adoption(self, index: int, target: TargetFile, cut: Cut, error: OSError | ShmcbwError) -> None:
+        """A dead coordinator's snapshot can't go on: drop it, and say so in a job that has failed."""
+        segment = self._segment
+        log.error("the unfinished %s can't be taken over: %s", target.working_path, error)
+        taken = state_of(segment, index) in (states.ACTIVE, states.BROKEN, states.COMPLETE)
+        if taken and segment.snapshot(index, Snapshot.job):
+            # Its bitmap may be what can't be read: nothing is known to be copied.
+            nothing = Bitmap(mmap.mmap(-1, segment.geometry.bitmap_size), segment.geometry.clusters, 0)
+            sync = segment.snapshot(index, Snapshot.sync)
+            job = self.add_job(Entry(index, 0, target, nothing, cut), _sync_name(sync))
+            job.freeze_progress(Progress(0, segment.geometry.image_size, 0, 0, 0, 0))
+            number = error.errno if isinstance(error, OSError) else None
+            message = f"the unfinished backup to {target.path} can't be taken over: {error}"
+            job.move(jobs.ABORTING, jobs.failure(number or errno.EIO, message))
+            job.move(jobs.CONCLUDED)
+        # Before the entry is free: afterwards nobody would know of an unfinished file.
+        target.remove()
+        remove_unheld(target.working_path, keep_target=True)
+        self._free_entry(index, segment.snapshot(index, Snapshot.serial))
+        self.bitmaps.release_all_but({str(entry.serial) for entry in self._entries.values()})
 
     def _reach(self, step: str, protocol: str = "coordinator") -> None:
         hit(self._segment.failpoints, index_of(f"{protocol}.{step}"))
@@ -367,7 +427,8 @@ class Coordinator:
             in_place=in_place,
             manifest=manifest,
         )
-        return backup_group([backup], quiesce=quiesce)[0]
+        with naming(self.path, f"no backup to {os.fspath(target)}"):
+            return backup_group([backup], quiesce=quiesce)[0]
 
     def snapshot(
         self,
@@ -386,14 +447,15 @@ class Coordinator:
         neither copied nor accessible.  Parameters and errors as for `backup`.
         """
         wanted = Scratch(self, scratch, on_cbw_error=on_cbw_error, cbw_timeout=cbw_timeout, overwrite=overwrite)
-        snapshot = snapshot_group([wanted], quiesce=quiesce)[0]
-        if access is not None:
-            try:
-                snapshot.limit(access)
-            except BaseException:
-                snapshot.close()
-                raise
-        return snapshot
+        with naming(self.path, f"no snapshot with {os.fspath(scratch)}"):
+            snapshot = snapshot_group([wanted], quiesce=quiesce)[0]
+            if access is not None:
+                try:
+                    snapshot.limit(access)
+                except BaseException:
+                    snapshot.close()
+                    raise
+            return snapshot
 
     @property
     def jobs(self) -> list[Job]:
@@ -673,11 +735,12 @@ class Coordinator:
                 log.exception("supervision of %s", self.path)
 
     def _look(self) -> None:
-        self._pool.supervise()
+        """Each duty is seen to, also if the system refuses another one: a job ends although nobody can be reaped."""
+        self._see_to("the copy workers", self._pool.supervise)
         now = time.monotonic()
         if now - self._slots_looked_s >= REAP_SLOTS_S:
             self._slots_looked_s = now
-            self._reap_slots()
+            self._see_to("the slots", self._reap_slots)
         for entry in list(self._entries.values()):
             self._complete_break(entry)
             # No worker could open the target: nobody will copy, so nobody shall wait.
@@ -686,7 +749,18 @@ class Coordinator:
                 break_snapshot(self._segment, entry.index, entry.serial, refusal, 0)
         for job in list(self._jobs.values()):
             if job.status == jobs.RUNNING:
-                self._advance(job)
+                self._see_to(repr(job), functools.partial(self._advance, job))
+
+    def _see_to(self, what: str, duty: Callable[[], None]) -> None:
+        """Do a duty; where the system refuses, it is done at the next look.  The log has each complaint once."""
+        try:
+            duty()
+        except OSError as error:
+            if self._complaints.get(what) != str(error):
+                self._complaints[what] = str(error)
+                log.warning("%s: looking at %s: %s; will try again", self.path, what, error)
+        else:
+            self._complaints.pop(what, None)
 
     def _reap_slots(self) -> None:
         segment, geometry = self._segment, self._segment.geometry
@@ -858,7 +932,7 @@ class Coordinator:
             self._closed = True
             self._idle.wait_for(lambda: not self._cutting)
         atexit.unregister(self.close)
-        with contextlib.ExitStack() as stages:
+        with naming(self.path, "not all of its coordinator could be ended"), contextlib.ExitStack() as stages:
             # In reverse: what is pushed last runs first.
             stages.callback(self._image.close)
             stages.callback(self._leave_segment)
@@ -885,21 +959,29 @@ class Coordinator:
         self._supervisor.join()
 
     def _leave_segment(self) -> None:
-        if hasattr(self, "_pool"):
-            self._pool.stop()
+        """Each stage runs also when one before it failed: a lock that stays would keep every other coordinator away."""
         segment = self._segment
-        self._retire()
-        segment.set_header(Header.coordinator_pid, 0)
-        # Before the segment: whoever owns that next is not to find us here.
-        self._image_lock.close()
-        segment.unlock(COORDINATOR)
-        segment.close()
+        with contextlib.ExitStack() as stages:
+            stages.callback(segment.close)
+            stages.callback(segment.unlock, COORDINATOR)
+            # Before the segment: whoever owns that next is not to find us here.
+            stages.callback(self._image_lock.close)
+            stages.callback(segment.set_header, Header.coordinator_pid, 0)
+            stages.callback(self._retire)
+            if hasattr(self, "_pool"):
+                stages.callback(self._pool.stop)
 
     def _retire(self) -> None:
         """Remove the segment if nobody uses it, and save what is persistent; else leave it, and its bitmaps in it."""
         begun = hasattr(self, "bitmaps")
         packed = self.bitmaps.put_away() if begun else self._loaded
-        if not try_retire(self._segment):
+        try:
+            gone = try_retire(self._segment)
+        except OSError:
+            if begun:
+                self.bitmaps.put_back()
+            raise
+        if not gone:
             if begun:
                 self.bitmaps.put_back()
         elif self._saved is not None:
@@ -947,7 +1029,14 @@ def _own_segment(
             log.warning("%s: discarded if nobody uses it", error)
             discard_unused(image.identity, image.owner)
             continue
-        if not segment.try_lock(COORDINATOR):
+        try:
+            locked = segment.try_lock(COORDINATOR)
+            linked = not locked or segment.linked()
+            retired = locked and linked and try_retire(segment)
+        except BaseException:
+            segment.close()
+            raise
+        if not locked:
             pid = segment.header(Header.coordinator_pid)
             segment.close()
             # Whoever leaves last, or sweeps, holds this lock for a moment too.
@@ -957,12 +1046,9 @@ def _own_segment(
             raise CoordinatorRunningError(
                 errno.EBUSY, f"{image.path}: a coordinator serves this image already (pid {pid or 'unknown'})"
             )
-        if not segment.linked():
-            segment.close()
-            continue
         found = segment.geometry
         fits = cluster_size in (None, found.cluster_size) and slots in (None, found.slot_count)
-        if try_retire(segment):
+        if not linked or retired:
             segment.close()
         elif fits:
             try:
@@ -978,6 +1064,10 @@ def _own_segment(
                 f"{image.path}: writers or unfinished jobs use its segment with cluster size {found.cluster_size} and "
                 f"{found.slot_count} slots: adopt it with these, or end them first"
             )
+
+
+def _sync_name(sync: int) -> str:
+    return next(name for name, value in states.SYNCS.items() if value == sync)
 
 
 def _lives(pid: int) -> bool:

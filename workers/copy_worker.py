@@ -26,7 +26,7 @@ from shmcbw.clusters import byte_range
 from shmcbw.errors import ShmcbwError
 from shmcbw.failpoints import hit, index_of
 from shmcbw.filter import leave_last
-from shmcbw.image import Identity
+from shmcbw.image import Identity, close_descriptor
 from shmcbw.layout import SNAPSHOT_COUNT, Header, Snapshot, Worker, words
 from shmcbw.segment import COORDINATOR, Segment, attach, start_ticks, worker_byte
 from shmcbw.slots import lives_any_writer
@@ -34,6 +34,7 @@ from shmcbw.snapshots import store_first_error, target_path
 
 from .copying import Copied, Source, copy_run
 from .manifest import PARTIAL_SUFFIX, Manifest, sidecar
+from .starting import failed_start_status
 
 _OPENED, _ACKNOWLEDGED = index_of("worker.opened"), index_of("worker.acknowledged")
 _CLAIMED, _BACKGROUND = index_of("worker.claimed"), index_of("worker.background")
@@ -162,8 +163,12 @@ class CopyWorker:
         if now - self.checked_s < 0.5:
             return
         self.checked_s = now
-        deleted = os.fstat(self.source.file.fd).st_nlink == 0
-        if self.segment.locked(COORDINATOR) or (not deleted and any(map(self._needs_us, self.targets.values()))):
+        try:
+            deleted = os.fstat(self.source.file.fd).st_nlink == 0
+            led = self.segment.locked(COORDINATOR)
+        except OSError:
+            return
+        if led or (not deleted and any(map(self._needs_us, self.targets.values()))):
             self.orphan_since = None
         elif self.orphan_since is None:
             self.orphan_since = now
@@ -215,7 +220,7 @@ class CopyWorker:
                 bitmap = Bitmap.attach(self.segment, serial)
                 manifest_fd = self._open_manifest(index, expected)
             except BaseException:
-                os.close(fd)
+                close_descriptor(fd)
                 raise
             self.copier.attach_bitmap(index, serial, bitmap.memory)
             skip_holes = self.segment.snapshot(index, Snapshot.sync) == states.SYNC_TOP
@@ -248,9 +253,9 @@ class CopyWorker:
     def _let_go(self, target: Target) -> None:
         self.copier.detach_bitmap(target.index)
         target.bitmap.close()
-        os.close(target.fd)
+        close_descriptor(target.fd)
         if target.manifest_fd >= 0:
-            os.close(target.manifest_fd)
+            close_descriptor(target.manifest_fd)
         del self.targets[target.index]
 
     # -- what a writer waits for -----------------------------------------------------------------------------------
@@ -348,7 +353,11 @@ class CopyWorker:
     def _chunk_clusters(self, target: Target, first: int) -> int:
         """How much to take at once: a few milliseconds of writing; of a hole, many clusters."""
         offset = first * self.cluster_size
-        hole = (self.source.data_from(offset) - offset) // self.cluster_size
+        try:
+            hole = (self.source.data_from(offset) - offset) // self.cluster_size
+        except OSError:
+            # It will fail again where the copy is made, and there it is the job's error.
+            hole = 0
         size = min(CHUNK_MAX_BYTES, int(CHUNK_TIME_NS / max(target.ns_per_byte, 0.01)))
         speed = self.segment.snapshot(target.index, Snapshot.speed)
         if speed:
@@ -431,20 +440,19 @@ def main(arguments: list[str]) -> int:
         segment = attach(source.file)
         if source.size_bytes != segment.geometry.image_size:
             raise ShmcbwError(f"{path} is being resized")
+        if not segment.try_lock(worker_byte(worker_id)):
+            raise OSError(errno.EBUSY, "its id is taken")
+        hit(segment.failpoints, _LOCKED)
+        for name, word in words(Worker):
+            if word.size in (4, 8) and name != "generation":
+                segment.set_worker(worker_id, word, 0)
+        memory, geometry = segment.memory, segment.geometry
+        for index in range(SNAPSHOT_COUNT):
+            _core.store_u32(memory, geometry.worker(worker_id, Worker.ready_serial) + 4 * index, 0)
+        worker = CopyWorker(segment, source, worker_id, generation)
     except (ShmcbwError, OSError) as error:
         print(f"shmcbw copy worker {worker_id}: {error}", file=sys.stderr)
-        return 1
-    if not segment.try_lock(worker_byte(worker_id)):
-        print(f"shmcbw copy worker {worker_id}: the id is taken", file=sys.stderr)
-        return 1
-    hit(segment.failpoints, _LOCKED)
-    for name, word in words(Worker):
-        if word.size in (4, 8) and name != "generation":
-            segment.set_worker(worker_id, word, 0)
-    memory, geometry = segment.memory, segment.geometry
-    for index in range(SNAPSHOT_COUNT):
-        _core.store_u32(memory, geometry.worker(worker_id, Worker.ready_serial) + 4 * index, 0)
-    worker = CopyWorker(segment, source, worker_id, generation)
+        return failed_start_status(error)
     worker._follow_table()
     segment.set_worker(worker_id, Worker.start_ticks, start_ticks(os.getpid()))
     segment.set_worker(worker_id, Worker.pid, os.getpid())

@@ -130,9 +130,10 @@ def copy_run(
             cluster = run_end
         _check_size(source)
     except OSError as error:
-        result.error = _explain(error, source)
+        size = _size_now(source)
+        result.error = _explain(error, source, size)
         result.failed_cluster = cluster
-        if file_size(source.file.fd) < source.size_bytes:
+        if size < source.size_bytes:
             # What was read may have been beyond its end: nothing of this run counts.
             result.runs.clear()
             result.failed_cluster = first
@@ -177,8 +178,16 @@ def write_fully(fd: int, data: memoryview, offset: int) -> None:
         offset += written
 
 
-def _explain(error: OSError, source: Source) -> OSError:
+def _size_now(source: Source) -> int:
+    """Bytes; -1 if nobody can say."""
+    try:
+        return file_size(source.file.fd)
+    except OSError:
+        return -1
+
+
+def _explain(error: OSError, source: Source, size: int) -> OSError:
     """A source that was truncated shows as EFAULT of a write from its mapping, or as a SIGBUS of the zero test."""
-    if error.errno in (errno.EFAULT, errno.EIO) and file_size(source.file.fd) < source.size_bytes:
-        return OSError(errno.EIO, f"the source was truncated to {file_size(source.file.fd)} bytes")
+    if error.errno in (errno.EFAULT, errno.EIO) and 0 <= size < source.size_bytes:
+        return OSError(errno.EIO, f"the source was truncated to {size} bytes")
     return error

@@ -22,7 +22,7 @@ import stat
 from dataclasses import replace
 
 from shmcbw.errors import ManifestError, TargetRefusedError
-from shmcbw.image import Identity, ImageFile
+from shmcbw.image import Identity, ImageFile, close_descriptor
 from shmcbw.points import Point
 
 from .manifest import BEING_MADE, CHANGING, FINISHED, NAMING, PARTIAL_SUFFIX, REST, Description, Manifest, sidecar
@@ -96,10 +96,10 @@ class ForwardFile(TargetFile):
                 fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 return cls(path, name, fd, Identity.of(os.fstat(fd)), overwrite=False)
             except BlockingIOError:
-                os.close(fd)
+                close_descriptor(fd)
                 raise TargetRefusedError(errno.EBUSY, f"target {path}: another job is writing {name}") from None
             except BaseException:
-                os.close(fd)
+                close_descriptor(fd)
                 raise
         raise TargetRefusedError(errno.ENOENT, f"target {path}: it is not there, so it can't be brought forward")
 

@@ -30,6 +30,7 @@ from typing import Any
 
 from shmcbw.errors import ForeignSegmentError
 from shmcbw.failpoints import hit, index_of
+from shmcbw.image import close_descriptor
 from shmcbw.layout import Header
 from shmcbw.segment import JOURNAL_SUFFIX, SHM, Segment
 
@@ -151,7 +152,7 @@ def replace_file(segment: Segment, suffix: str, data: bytes) -> None:
                 os.fchown(fd, status.st_uid, status.st_gid)
             os.fchmod(fd, stat.S_IMODE(status.st_mode))
         finally:
-            os.close(fd)
+            close_descriptor(fd)
         hit(segment.failpoints, _WRITTEN)
         os.rename(temporary, final)
     except BaseException:

@@ -41,7 +41,7 @@ from dataclasses import dataclass, field, fields, replace
 import xxhash
 
 from shmcbw.errors import ManifestError
-from shmcbw.image import Identity
+from shmcbw.image import Identity, close_descriptor
 from shmcbw.points import Point
 from shmcbw.snapshots import PARTIAL_SUFFIX as PARTIAL_SUFFIX
 
@@ -198,7 +198,7 @@ class Manifest:
                 raise ManifestError(f"{path} is damaged: it has {size} bytes, not {wanted}")
             return cls(path, fd, description, state)
         except BaseException:
-            os.close(fd)
+            close_descriptor(fd)
             raise
 
     @classmethod
@@ -318,7 +318,7 @@ class Manifest:
             made._write_header()
             return made
         except BaseException:
-            os.close(fd)
+            close_descriptor(fd)
             os.unlink(path)
             raise
 
@@ -387,7 +387,7 @@ class Manifest:
 
     def close(self) -> None:
         if self.fd >= 0:
-            os.close(self.fd)
+            close_descriptor(self.fd)
             self.fd = -1
 
 

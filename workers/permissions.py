@@ -34,7 +34,7 @@ import time
 import weakref
 
 from shmcbw.errors import ImageInUseError
-from shmcbw.image import ImageFile
+from shmcbw.image import ImageFile, close_descriptor
 
 log = logging.getLogger("shmcbw")
 
@@ -86,7 +86,7 @@ class ImageLock:
             least = min(DESCRIPTOR_MIN, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
             self.fd = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, least)
         finally:
-            os.close(fd)
+            close_descriptor(fd)
         try:
             for byte in (*(DOES + bit for bit in OURS), *(BEARS_NOT + bit for bit in UNSHARED)):
                 self._set(byte, fcntl.F_RDLCK)
@@ -151,8 +151,8 @@ class ImageLock:
     def close(self) -> None:
         """Let go; what workers inherited holds on until they end."""
         if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+            fd, self.fd = self.fd, -1
+            close_descriptor(fd)
 
 
 def _flock(kind: int, byte: int) -> bytes:

@@ -23,6 +23,7 @@ from shmcbw.segment import Segment, worker_byte
 from shmcbw.snapshots import wake_all
 
 from .permissions import ImageLock
+from .starting import describe_status
 
 log = logging.getLogger("shmcbw")
 
@@ -68,7 +69,8 @@ class Pool:
             killed = [worker_id for worker_id, status in dead.items() if status < 0]
             if len(killed) < len(dead) or time.monotonic() > deadline:
                 self.stop()
-                raise PoolError(f"the copy workers did not start (exit statuses {list(dead.values())})")
+                why = ", ".join(f"{i}: {describe_status(status)}" for i, status in dead.items()) or "they are too slow"
+                raise PoolError(f"{self._image_path}: the copy workers did not start ({why}); stderr has their words")
             for worker_id in killed:
                 # Not a fault of its own: another one takes its place.
                 del self._processes[worker_id]
@@ -121,7 +123,7 @@ class Pool:
                 continue
             if time.monotonic() - self._started_s[worker_id] < RESPAWN_PAUSE_S:
                 continue
-            log.warning("copy worker %d (pid %d) ended: status %s", worker_id, process.pid, process.returncode)
+            log.warning("copy worker %d (pid %d): %s", worker_id, process.pid, describe_status(process.returncode))
             # If this fails, the dead one stays in the table and the next look tries again.
             self._started_s[worker_id] = time.monotonic()
             self._spawn(worker_id)
@@ -153,7 +155,8 @@ class Pool:
         segment = self._segment
         try:
             bitmap = Bitmap.attach(segment, segment.snapshot(index, Snapshot.serial))
-        except OSError:
+        except FileNotFoundError:
+            # No other error: the id would be given out again with claims that nobody copies.
             return
         if bitmap.release_claims(worker_id):
             segment.set_snapshot(index, Snapshot.cursor, 0)
@@ -191,9 +194,13 @@ class Pool:
 
     def wake(self, worker_ids: Iterable[int] | None = None) -> None:
         """There is work, or the table has changed: one post for each worker."""
-        pool = self._segment.semaphore("pool")
-        for _ in worker_ids if worker_ids is not None else range(max(self._count, 1)):
-            pool.post()
+        try:
+            pool = self._segment.semaphore("pool")
+            for _ in worker_ids if worker_ids is not None else range(max(self._count, 1)):
+                pool.post()
+        except OSError as error:
+            # A post only wakes: without it the workers look a second later.
+            log.warning("the copy workers can't be woken: %s", error)
 
     def stop(self) -> None:
         """End the workers: they leave by themselves when the generation moves on; who does not is killed."""

@@ -33,7 +33,7 @@ from shmcbw import _core
 from shmcbw.epochs import epoch
 from shmcbw.errors import ResizeRefusedError
 from shmcbw.failpoints import hit, index_of
-from shmcbw.image import ImageFile, file_size
+from shmcbw.image import ImageFile, close_descriptor, file_size
 from shmcbw.layout import Geometry, Header
 from shmcbw.segment import Segment
 
@@ -121,7 +121,7 @@ def _grow(image: ImageFile, size_bytes: int) -> None:
     try:
         os.ftruncate(fd, size_bytes)
     finally:
-        os.close(fd)
+        close_descriptor(fd)
 
 
 def _mark_foreign(segment: Segment, image: ImageFile, memory: mmap.mmap, geometry: Geometry) -> None:

@@ -27,7 +27,7 @@ from typing import Any
 
 from shmcbw.dirty import DirtyBitmap
 from shmcbw.errors import BitmapError
-from shmcbw.image import ImageFile
+from shmcbw.image import ImageFile, close_descriptor
 from shmcbw.points import Point
 from shmcbw.segment import boot_id
 
@@ -184,4 +184,4 @@ class SavedBitmaps:
         try:
             os.fsync(directory)
         finally:
-            os.close(directory)
+            close_descriptor(directory)

@@ -20,7 +20,7 @@ from dataclasses import replace
 
 from shmcbw import _core
 from shmcbw.errors import ImageError, ManifestError, TargetRefusedError
-from shmcbw.image import Identity, ImageFile
+from shmcbw.image import Identity, ImageFile, close_descriptor
 from shmcbw.layout import PATH_SIZE
 
 from .manifest import CHANGING, FINISHED, REST, SUFFIX, Description, Manifest, sidecar
@@ -41,7 +41,7 @@ class TargetFile:
     ``path`` is where it will be, ``working_path`` where it is.
     """
 
-    def __init__(self, path: str, working_path: str, fd: int, identity: Identity, *, overwrite: bool) -> None:
+    def __init__(self, path: str, working_path: str, fd: int, identity: Identity, *, overwrite: bool = False) -> None:
         self.path = path
         self.working_path = working_path
         self.fd = fd
@@ -80,11 +80,10 @@ class TargetFile:
             os.ftruncate(fd, image.size_bytes)
             if mode is not None:
                 os.fchmod(fd, mode)
+            made = cls(path, working, fd, Identity.of(os.fstat(fd)), overwrite=overwrite)
         except OSError as error:
-            os.unlink(working)
-            os.close(fd)
+            _take_back(working, fd)
             raise TargetRefusedError(error.errno, f"target {path}: {error.strerror}") from error
-        made = cls(path, working, fd, Identity.of(os.fstat(fd)), overwrite=overwrite)
         if description is not None:
             try:
                 made.add_manifest(description, image, mode or permissions)
@@ -117,28 +116,31 @@ class TargetFile:
     ) -> TargetFile | None:
         """The target of a dead coordinator, under its working or already under its final name; None if it is gone.
 
-        ``manifest``: it had one, which must be there too.
+        ``manifest``: it had one, which must be there too.  OSError if nobody can say, or it can't be used.
         """
         final = working_path.removesuffix(PARTIAL_SUFFIX)
         for name in (final, working_path):
-            try:
-                fd = os.open(name, os.O_RDWR | os.O_CLOEXEC)
-            except OSError:
+            if not is_file(name, identity):
                 continue
-            if Identity.of(os.fstat(fd)) == identity:
+            fd = os.open(name, os.O_RDWR | os.O_CLOEXEC)
+            found = cls(final, name, fd, identity, overwrite=overwrite)
+            try:
+                if Identity.of(os.fstat(fd)) != identity:
+                    found.close()
+                    continue
                 fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 if name == final and working_path != final and is_file(working_path, identity):
                     # Died between giving it its name and taking the other one away.
                     os.unlink(working_path)
-                found = cls(final, name, fd, identity, overwrite=overwrite)
                 if manifest:
                     found.manifest = Manifest.adopt(final, identity)
                     if found.manifest is None:
-                        found.close()
                         raise ManifestError(f"the manifest of the unfinished {name} is gone")
                     fcntl.flock(found.manifest.fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                return found
-            os.close(fd)
+            except BaseException:
+                found.close()
+                raise
+            return found
         return None
 
     def sync(self) -> None:
@@ -150,21 +152,31 @@ class TargetFile:
 
         Its manifest, sealed as NAMING, gets its name first, and is FINISHED when both have theirs.  An older manifest
         under the name goes before the older file does.
+
+        OSError from the sync of the directory: the file has its name, which a power failure may still take away.
         """
-        if self.working_path != self.path:
-            if Identity.of(os.stat(self.working_path)) != self.identity:
-                raise OSError(errno.ESTALE, f"{self.working_path} was replaced while it was written")
-            if not self.overwrite and os.path.lexists(self.path):
-                raise FileExistsError(errno.EEXIST, "a file has appeared there meanwhile", self.path)
-            self._name_manifest()
-            if self.overwrite:
-                os.rename(self.working_path, self.path)
-            else:
-                rename_without_replacing(self.working_path, self.path)
-            self.working_path = self.path
-        if self.manifest is not None and self.manifest.state != FINISHED:
-            self.manifest.set_state(FINISHED)
-        self.sync_directory()
+        # First what can fail with nothing changed.
+        directory = self._open_directory()
+        try:
+            if self.working_path != self.path:
+                self._rename()
+            if self.manifest is not None and self.manifest.state != FINISHED:
+                self.manifest.set_state(FINISHED)
+            _sync_directory(directory)
+        finally:
+            close_descriptor(directory)
+
+    def _rename(self) -> None:
+        if not is_file(self.working_path, self.identity):
+            raise OSError(errno.ESTALE, f"{self.working_path} was replaced while it was written")
+        if not self.overwrite and os.path.lexists(self.path):
+            raise FileExistsError(errno.EEXIST, "a file has appeared there meanwhile", self.path)
+        self._name_manifest()
+        if self.overwrite:
+            os.rename(self.working_path, self.path)
+        else:
+            rename_without_replacing(self.working_path, self.path)
+        self.working_path = self.path
 
     def _name_manifest(self) -> None:
         final = sidecar(self.path)
@@ -174,22 +186,21 @@ class TargetFile:
             os.rename(self.manifest.path, final)
             self.manifest.path = final
 
+    def _open_directory(self) -> int:
+        return os.open(os.path.dirname(self.path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
     def sync_directory(self) -> None:
-        directory = os.open(os.path.dirname(self.path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        directory = self._open_directory()
         try:
             os.fsync(directory)
         finally:
-            os.close(directory)
+            close_descriptor(directory)
 
     def remove(self) -> None:
         """Remove what is not finished, if it still is our file.  What can't be removed stays, and the log says so."""
         if self.stays:
             return
-        try:
-            if is_file(self.working_path, self.identity):
-                os.unlink(self.working_path)
-        except OSError as error:
-            log.warning("the unfinished %s can't be removed: %s", self.working_path, error.strerror)
+        _remove_own(self.working_path, self.identity)
         self.remove_manifest()
 
     def give_back(self) -> None:
@@ -201,17 +212,18 @@ class TargetFile:
         if self.manifest is None or self.manifest.state == FINISHED:
             return
         try:
-            if is_file(self.manifest.path, Identity.of(os.fstat(self.manifest.fd))):
-                os.unlink(self.manifest.path)
+            identity = Identity.of(os.fstat(self.manifest.fd))
         except OSError as error:
             log.warning("the unfinished %s can't be removed: %s", self.manifest.path, error.strerror)
+            return
+        _remove_own(self.manifest.path, identity)
 
     def close(self) -> None:
         if self.manifest is not None:
             self.manifest.close()
         if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+            fd, self.fd = self.fd, -1
+            close_descriptor(fd)
 
 
 def _close_in_child() -> None:
@@ -268,11 +280,43 @@ def _check_space(path: str, image: ImageFile, full: bool) -> None:
 
 
 def is_file(path: str, identity: Identity) -> bool:
-    """Whether the name leads to this very file."""
+    """Whether the name leads to this very file; OSError if nobody can say."""
     try:
         return Identity.of(os.stat(path)) == identity
-    except (OSError, ImageError):
+    except (FileNotFoundError, NotADirectoryError, ImageError):
         return False
+
+
+def _sync_directory(directory: int) -> None:
+    try:
+        os.fsync(directory)
+    except OSError as error:
+        # What a file system says that can't sync directories.
+        if error.errno == errno.EINVAL:
+            return
+        raise OSError(
+            error.errno,
+            f"it is complete and has its name, but its directory can't be synced ({error.strerror}): "
+            "after a power failure it may not be there",
+        ) from error
+
+
+def _remove_own(working: str, identity: Identity) -> None:
+    """Remove an unfinished file of a snapshot that is ours, if it still is that file.  An error is only logged."""
+    try:
+        if is_file(working, identity):
+            os.unlink(working)
+    except OSError as error:
+        log.warning("the unfinished %s can't be removed: %s", working, error.strerror)
+
+
+def _take_back(name: str, fd: int) -> None:
+    """Remove a file that we have just made, after an error that counts more than one of this."""
+    try:
+        os.unlink(name)
+    except OSError as error:
+        log.warning("the unfinished %s can't be removed: %s", name, error.strerror)
+    close_descriptor(fd)
 
 
 def resolve(path: str | os.PathLike[str]) -> str:
@@ -333,7 +377,7 @@ def remove_unheld(working: str, *, keep_target: bool = False) -> None:
         except OSError:
             pass
         finally:
-            os.close(fd)
+            close_descriptor(fd)
 
 
 def _probing(working: str) -> str:
@@ -351,7 +395,11 @@ def rename_without_replacing(path: str, to: str) -> None:
     # NFS and FUSE file systems know no flags of rename.  Died in between: both names are the same file, and whoever
     # finds it knows (`adopt`, `_remove_abandoned`).
     os.link(path, to)
-    os.unlink(path)
+    try:
+        os.unlink(path)
+    except OSError:
+        os.unlink(to)
+        raise
 
 
 def _create_file(final: str, image: ImageFile, permissions: int, *, probe: bool) -> int:
@@ -376,12 +424,13 @@ def _create_file(final: str, image: ImageFile, permissions: int, *, probe: bool)
         if probe:
             _probe(name, final, image)
     except BlockingIOError:
-        os.close(fd)
+        close_descriptor(fd)
         raise TargetRefusedError(errno.EBUSY, f"target {final}: another backup is writing {name}") from None
-    except BaseException:
-        os.unlink(name)
-        os.close(fd)
-        raise
+    except OSError as error:
+        _take_back(name, fd)
+        if isinstance(error, TargetRefusedError):
+            raise
+        raise TargetRefusedError(error.errno, f"target {final}: {name}: {error.strerror}") from error
     return fd
 
 
@@ -440,4 +489,4 @@ def _remove_abandoned(working: str, final: str, image: ImageFile) -> None:
             raise TargetRefusedError(errno.EBUSY, f"target {final}: another backup is writing {working}") from None
         os.unlink(working)
     finally:
-        os.close(fd)
+        close_descriptor(fd)

@@ -217,6 +217,39 @@ def test_more_writing_threads_than_slots_are_refused(image: Path) -> None:
         disk.pwrite(b"x", 0)
 
 
+def test_a_thread_never_takes_the_slot_of_another_one_of_its_handle(image: Path) -> None:
+    """Their lock is that of one open file; with one in-flight mark for two threads, cuts would be torn."""
+    with Coordinator(image, workers=1, slots=2) as coordinator, shmcbw.open(image) as disk:
+        first_has_written, done = threading.Event(), threading.Event()
+
+        def hold_a_slot() -> None:
+            disk.pwrite(b"x", 0)
+            first_has_written.set()
+            done.wait(20)
+
+        thread = threading.Thread(target=hold_a_slot)
+        thread.start()
+        try:
+            assert first_has_written.wait(20)
+            refused: list[Exception] = []
+
+            def write_without_a_slot() -> None:
+                try:
+                    disk.pwrite(b"y", 0)
+                except shmcbw.NoFreeSlotError as error:
+                    refused.append(error)
+
+            third = threading.Thread(target=write_without_a_slot)
+            third.start()
+            third.join()
+            assert refused, "two threads share a slot"
+            assert disk.pread(1, 0) == b"x"
+            assert len({slot["thread_id"] for slot in coordinator.status()["slots"]}) == 2
+        finally:
+            done.set()
+            thread.join()
+
+
 def test_statistics_count_writes_and_first_touches(disk: shmcbw.Disk) -> None:
     disk.pwrite(b"x" * 10, 0)
     disk.pwrite(b"x" * 10, 0)

@@ -340,7 +340,7 @@ def test_a_full_dev_shm_is_an_error_at_creation_and_nothing_is_left(image: Path)
     done = subprocess.run(
         ["unshare", "-m", "sh", "-c", command], env={**os.environ, "SCRIPT": script}, capture_output=True, text=True
     )
-    assert done.stdout.startswith("28 can't allocate"), done.stderr
+    assert done.stdout.startswith(f"28 {image}: can't be served: can't allocate"), done.stderr
     assert done.stdout.endswith("[]\n")
 
 
