@@ -3,6 +3,7 @@
 # make bench  measure; see tools/bench
 # make torture  an hour of kills, stops and restarts, judged by logs
 # make matrix kill and stop at every failpoint (make test does a part of that)
+# make faults make every kind of system call fail (make test does a part of that)
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 CORE := $(wildcard shmcbw/_core/*.c shmcbw/_core/*.h)
 DEBIAN_PACKAGES := bindfs e2fsprogs exfat-fuse exfatprogs qemu-system-common qemu-utils strace
 
-.PHONY: demo test lint bench matrix torture model clean
+.PHONY: demo test lint bench matrix faults torture model clean
 
 demo: $(VENV)/.installed
 	$(BIN)/shmcbw demo
@@ -31,6 +32,9 @@ bench: $(VENV)/.installed-test
 
 matrix: $(VENV)/.installed-test
 	SHMCBW_MATRIX=all $(BIN)/python -m pytest tests/crash/test_matrix.py
+
+faults: $(VENV)/.installed-test
+	SHMCBW_NTH_CALL=all $(BIN)/python -m pytest tests/crash/test_nth_call.py
 
 torture: $(VENV)/.installed-test
 	$(BIN)/python tools/torture.py --seconds 3600 $(TORTURE_ARGS)
