@@ -153,8 +153,13 @@ class SnapshotReader:
     def _leave(self, call: object) -> None:
         self._inside.pop(call, None)
 
-    def _refuse(self, offset: int, end: int) -> SnapshotInaccessibleError:
-        return SnapshotInaccessibleError(errno.EACCES, f"bytes {offset}..{end} are not all part of the snapshot")
+    def _refuse(self, offset: int, stop: int) -> SnapshotInaccessibleError:
+        """For a range whose first byte is inaccessible."""
+        first, end = outward(offset, stop - offset, self.cluster_size_bytes)
+        inaccessible_end = min(_core.run(self._bitmap.memory, first, end)[1] * self.cluster_size_bytes, stop)
+        return SnapshotInaccessibleError(
+            errno.EACCES, f"bytes {offset}..{inaccessible_end} are not part of the snapshot"
+        )
 
     # -- bytes -----------------------------------------------------------------------------------------------------
 
@@ -185,11 +190,11 @@ class SnapshotReader:
         try:
             with naming(self._image.path, f"{count} bytes at {offset} of its snapshot can't be read"):
                 found = self._fill(view, offset)
+            if found < count and not (partial and found):
+                raise self._refuse(offset + found, offset + count)
+            return found
         finally:
             self._leave(call)
-        if found < count and not (partial and found):
-            raise self._refuse(offset, offset + count)
-        return found
 
     def _fill(self, view: memoryview, offset: int) -> int:
         """Read into the view up to the first inaccessible byte: how many that are."""
@@ -253,11 +258,16 @@ class SnapshotReader:
 
         SnapshotInaccessibleError if that is the first one.
         """
-        found = self.block_status(count, offset, limit=limit)
-        border = next((i for i, extent in enumerate(found) if extent.status == "inaccessible"), len(found))
-        if found and border == 0:
-            raise self._refuse(offset, offset + count)
-        return found[:border]
+        call = self._enter("block status", count, offset)
+        try:
+            with naming(self._image.path, "what is data of its snapshot can't be found out"):
+                found = self._extents(count, offset, limit)
+            border = next((i for i, extent in enumerate(found) if extent.status == "inaccessible"), len(found))
+            if found and border == 0:
+                raise self._refuse(offset, offset + count)
+            return found[:border]
+        finally:
+            self._leave(call)
 
     def _extents(self, count: int, offset: int, limit: int) -> list[Extent]:
         size = self.cluster_size_bytes

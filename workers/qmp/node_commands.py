@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from ..nodes import AccessNode, FileNode, Node, Served, SnapshotNode, busy
@@ -66,10 +67,24 @@ def _snapshot(desk: Desk, options: Arguments, image: Node, target: Node) -> Snap
     snapshot = served.coordinator.snapshot(
         path,
         overwrite=True,
+        access=_access(desk, options["bitmap"], served) if "bitmap" in options else None,
         on_cbw_error=options.get("on-cbw-error", "break-guest-write"),
         cbw_timeout=options.get("cbw-timeout", 0),
     )
     return SnapshotNode(name, image, target, snapshot)
+
+
+def _access(desk: Desk, place: Arguments, served: Served) -> Iterator[tuple[int, int]]:
+    """What a bitmap lets a snapshot show; looked up after the cut, so that nothing written before is missed."""
+    owner = desk.image(place["node"]).coordinator
+    if owner.segment.geometry.image_size != served.coordinator.segment.geometry.image_size:
+        raise QMPError("bitmap size does not match the size of the node")
+    owner.bitmaps.find(place["name"]).check(busy=False)
+
+    def later() -> Iterator[tuple[int, int]]:
+        yield from owner.bitmaps.extents(place["name"])
+
+    return later()
 
 
 def check_pair(desk: Desk, source: Node, target: Node) -> tuple[Served, str]:
