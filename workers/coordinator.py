@@ -867,21 +867,27 @@ class Coordinator:
         with self._lock:
             self.check_open()
             segment = self._segment
-            geometry = check_size(segment, self._image, size_bytes)
             self._refuse_resize_beside_snapshots()
-            if size_bytes == segment.geometry.image_size:
-                return
+            if segment.header(Header.resize_to) == 0:
+                check_size(segment, self._image, size_bytes)
+                if size_bytes == segment.geometry.image_size:
+                    return
             try:
                 self._pool.stop()
                 if worker_lives(segment):
                     raise ResizeRefusedError(
                         f"{self.path}: can't be resized while a copy worker of an earlier coordinator lives"
                     )
+                # One that failed, and could not be taken back either.
+                settle(segment, self._image)
+                geometry = check_size(segment, self._image, size_bytes)
                 self._image_lock.hold_resize()
                 resize(segment, self._image, geometry)
             finally:
-                self._image_lock.drop_resize()
-                self._pool.start()
+                try:
+                    self._image_lock.drop_resize()
+                finally:
+                    self._pool.start()
             log.info("%s has %d bytes now", self.path, size_bytes)
 
     def _refuse_resize_beside_snapshots(self) -> None:

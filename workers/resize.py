@@ -73,6 +73,7 @@ def resize(segment: Segment, image: ImageFile, geometry: Geometry) -> None:
         os.ftruncate(segment.fd, geometry.segment_size)
         os.posix_fallocate(segment.fd, 0, geometry.segment_size)
         hit(segment.failpoints, _ALLOCATED)
+        memory = segment.map_larger(geometry)
         _grow(image, geometry.image_size)
         hit(segment.failpoints, _GROWN)
     except OSError as error:
@@ -82,7 +83,7 @@ def resize(segment: Segment, image: ImageFile, geometry: Geometry) -> None:
                 error.errno, f"{image.path}: not resized to {geometry.image_size} bytes: {error.strerror}"
             ) from error
         return
-    _commit(segment, image, geometry)
+    _commit(segment, image, geometry, memory)
 
 
 def settle(segment: Segment, image: ImageFile) -> None:
@@ -97,14 +98,14 @@ def settle(segment: Segment, image: ImageFile) -> None:
         geometry = segment.geometry.resized(size_bytes)
         # A block device had its new size before the segment had.
         os.posix_fallocate(segment.fd, 0, geometry.segment_size)
-        _commit(segment, image, geometry)
+        _commit(segment, image, geometry, segment.map_larger(geometry))
     else:
         os.ftruncate(segment.fd, segment.geometry.segment_size)
         segment.set_header(Header.resize_to, 0)
 
 
-def _commit(segment: Segment, image: ImageFile, geometry: Geometry) -> None:
-    memory = segment.map_larger(geometry)
+def _commit(segment: Segment, image: ImageFile, geometry: Geometry, memory: mmap.mmap) -> None:
+    """Nothing here can fail: everything it needs is there."""
     _mark_foreign(segment, image, memory, geometry)
     segment.set_header(Header.image_size, geometry.image_size)
     hit(segment.failpoints, _COMMITTED)

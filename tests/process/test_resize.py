@@ -18,6 +18,7 @@ import pytest
 import shmcbw
 from shmcbw import _core, failpoints
 from shmcbw.errors import ImageInUseError, ResizeRefusedError
+from shmcbw.layout import Header
 from shmcbw.segment import SHM, StaleSegmentError, segment_name
 from shmcbw.status import describe_segment
 from shmcbw.workers import Coordinator
@@ -202,16 +203,34 @@ def test_what_the_file_system_refuses_changes_nothing(image: Path) -> None:
         assert disk.size_bytes == 2 << 20
 
 
-def test_no_room_in_dev_shm_changes_nothing(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(failpoints.ENVIRONMENT, "resize.announced=errno:ENOSPC*1")
-    with Coordinator(image, workers=1) as coordinator:
-        with pytest.raises(OSError, match="not resized") as caught:
+@pytest.mark.parametrize("step", ["announced", "allocated", "grown"])
+def test_a_resize_that_fails_on_the_way_changes_nothing_or_is_done(
+    image: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """No room in /dev/shm is one of these."""
+    monkeypatch.setenv(failpoints.ENVIRONMENT, f"resize.{step}=errno:ENOSPC*1")
+    segment = Path(SHM + segment_name(shmcbw.image.Identity.of(os.stat(image))))
+    with Coordinator(image, workers=1) as coordinator, shmcbw.open(image) as disk:
+        before = segment.stat().st_size
+        if step == "grown":
             coordinator.resize(2 << 20)
-        assert caught.value.errno == errno.ENOSPC
-        assert os.stat(image).st_size == SIZE
-        with shmcbw.open(image) as disk:
+        else:
+            with pytest.raises(OSError, match="not resized") as caught:
+                coordinator.resize(2 << 20)
+            assert caught.value.errno == errno.ENOSPC
+            assert (os.stat(image).st_size, segment.stat().st_size, disk.size_bytes) == (SIZE, before, SIZE)
+            assert _core.load_u64(coordinator.segment.memory, Header.resize_to.offset) == 0
+            disk.pwrite(b"x", 0)
             coordinator.resize(2 << 20)
-            assert disk.size_bytes == 2 << 20
+        assert disk.size_bytes == 2 << 20
+
+
+def test_a_resize_that_could_not_be_taken_back_either_is_by_the_next_one(image: Path) -> None:
+    with Coordinator(image, workers=1) as coordinator, shmcbw.open(image) as disk:
+        coordinator.segment.set_header(Header.resize_to, 5 << 20)
+        shmcbw.open(image).close()
+        coordinator.resize(2 << 20)
+        assert disk.size_bytes == os.stat(image).st_size == 2 << 20
 
 
 def test_a_qemu_that_counts_on_the_size_is_a_reason_to_refuse(image: Path, tmp_path: Path) -> None:
