@@ -1,8 +1,10 @@
 """The command line: ``shmcbw``, also ``python -m shmcbw``.
 
-Exit statuses: 0 done and right; 1 an error; 2 wrong usage; 3 no coordinator, another one, or its shared memory can't
-be used; 4 the target was refused, nothing changed; 5 the snapshot broke or a copy failed; 6 cancelled; 7 no cut could
-be taken; 130 interrupted.  The top layer: it imports what runs (`shmcbw.workers`) only in the command that needs it.
+Exit statuses: 0 done and right; 1 an error; 2 wrong usage; 3 no coordinator, another one, or its shared memory can't be
+used; 4 the target was refused, nothing changed; 5 the snapshot broke or a copy failed; 6 cancelled; 7 no cut could be
+taken; 8 a dirty bitmap can't be used; 9 a backup has no whole manifest; 10 increments do not follow each other; 11 a
+backup differs from its checksums; 130 interrupted.  The top layer: it imports what runs (`shmcbw.workers`) only in the
+command that needs it.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+from .chain_commands import add_backup_options, add_commands, bitmap_parameters
 from .clusters import check_cluster_size
 from .errors import JobCancelledError, ShmcbwError
 from .sizes import format_ns, format_size, parse_size
@@ -27,7 +30,8 @@ if TYPE_CHECKING:
 
 EPILOG = """\
 exit status: 0 done and right, 1 error, 2 usage, 3 coordinator or its shared memory, 4 target refused,
-5 snapshot broken or copy failed, 6 cancelled, 7 no cut taken, 130 interrupted
+5 snapshot broken or copy failed, 6 cancelled, 7 no cut taken, 8 bitmap can't be used, 9 manifest missing or
+damaged, 10 increments don't fit, 11 backup differs from its checksums, 130 interrupted
 """
 
 
@@ -106,8 +110,12 @@ def parser() -> argparse.ArgumentParser:
     backup.add_argument("target", metavar="TARGET")
     backup.add_argument("more", metavar="IMAGE TARGET", nargs="*", help="more images, in the same cut")
     backup.add_argument(
-        "--sync", choices=("full", "top"), default="full", help="all of it, or only what is allocated (default full)"
+        "--sync",
+        choices=("full", "top", "incremental", "bitmap", "auto"),
+        help="all of it, only what is allocated, or what is dirty in the bitmap; auto: incremental where the bitmap "
+        "can be trusted, else full (default: full, with --since incremental)",
     )
+    add_backup_options(backup)
     backup.add_argument("--speed", type=_size, default=0, metavar="RATE", help="bytes a second, 0: no limit (default)")
     backup.add_argument("--workers", type=_count, default=2, help="copy workers (default 2)")
     backup.add_argument("--cluster-size", type=_cluster_size, metavar="SIZE", help="4K to 2M (default 64K)")
@@ -129,6 +137,8 @@ def parser() -> argparse.ArgumentParser:
     backup.add_argument("--progress", choices=("auto", "never"), default="auto", help="progress bar (default auto)")
     backup.add_argument("--json", action="store_true", help="print one JSON object")
     backup.set_defaults(run=_backup)
+
+    add_commands(commands)
 
     serve = commands.add_parser(
         "serve",
@@ -257,7 +267,13 @@ def _run_backup(options: argparse.Namespace, pairs: Sequence[tuple[str, str]]) -
     with ExitStack() as stack:
         coordinators = {
             image: stack.enter_context(
-                Coordinator(image, workers=options.workers, cluster_size=options.cluster_size, slots=options.slots)
+                Coordinator(
+                    image,
+                    workers=options.workers,
+                    cluster_size=options.cluster_size,
+                    slots=options.slots,
+                    state_dir=options.state_dir,
+                )
             )
             for image in dict.fromkeys(image for image, _ in pairs)
         }
@@ -317,11 +333,10 @@ def _adopted_or_new(
             Backup(
                 coordinators[image],
                 target,
-                sync=options.sync,
                 speed=options.speed,
                 on_cbw_error=options.on_cbw_error,
                 cbw_timeout=options.cbw_timeout,
-                overwrite=options.overwrite,
+                **bitmap_parameters(coordinators[image], options),
             )
             for image, target in pairs
         ],

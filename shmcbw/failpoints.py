@@ -85,6 +85,7 @@ POINTS = (
     Failpoint("worker.delivered", "copy", "the error is delivered, its writer not yet woken"),
     Failpoint("worker.asleep", "copy", "there is nothing to do: about to sleep"),
     Failpoint("coordinator.creating", "prepare", "the entry is CREATING: it names the target"),
+    Failpoint("increment.held", "increment", "the dirty bitmap is in use, there is no target yet"),
     Failpoint("coordinator.target", "prepare", "the target is created"),
     Failpoint("coordinator.bitmap", "prepare", "the bitmap is created"),
     Failpoint("coordinator.preparing", "prepare", "the entry is PREPARING"),
@@ -102,8 +103,13 @@ POINTS = (
     Failpoint("coordinator.reaping", "death", "a dead worker's lock is taken, its claims not yet returned"),
     Failpoint("coordinator.reaped", "death", "a dead worker's claims are returned, not yet its id"),
     Failpoint("coordinator.spawned", "death", "a worker's process is started"),
+    Failpoint(
+        "increment.filtered", "increment", "what is not in the dirty bitmap is SKIPPED, no background copying yet"
+    ),
     Failpoint("coordinator.complete", "finish", "the entry is COMPLETE"),
+    Failpoint("increment.sealed", "increment", "the manifest is whole and synced, under its working name"),
     Failpoint("coordinator.synced", "finish", "the target is synced"),
+    Failpoint("target.manifest", "increment", "the manifest has its name, the target has not"),
     Failpoint("coordinator.named", "finish", "the target has its name"),
     Failpoint("coordinator.removed", "drop", "an unfinished target is removed, its entry still there"),
     Failpoint("coordinator.freed", "finish", "the entry is FREE, its bitmap's name still there"),

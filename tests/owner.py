@@ -1,6 +1,7 @@
 """A coordinator in a process of its own, driven by lines of JSON: ``python -m tests.owner IMAGE [IMAGE...]``.
 
-Commands: {"do": "backup", "target", "speed"?, "cbw_timeout"?}, {"do": "snapshot", "scratch", "cbw_timeout"?},
+Commands: {"do": "backup", "target", "speed"?, "cbw_timeout"?, "how"?}, {"do": "snapshot", "scratch",
+"cbw_timeout"?}, {"do": "bitmap", "call", "with", "how"},
 {"do": "speed", "speed"} and {"do": "cancel"} (of all jobs), {"do": "read"}, {"do": "resize", "size"}, {"do": "wait"},
 {"do": "results"}, {"do": "drop"}, {"do": "close"}, and with several images {"do": "group", "targets"}: the others then
 are about all of them.  Each is answered by {"ok": …} or {"error": type, "message": …}.  It may be killed at any moment.
@@ -97,7 +98,11 @@ def _do(coordinators: list[Coordinator], command: dict[str, Any]) -> Any:
     jobs = [job for coordinator in coordinators for job in coordinator.jobs]
     timeout = command.get("cbw_timeout", 20)
     if action == "backup":
-        return coordinators[0].backup(command["target"], cbw_timeout=timeout, speed=command.get("speed", 0)).id
+        how = {"speed": command.get("speed", 0), **command.get("how", {})}
+        return coordinators[0].backup(command["target"], cbw_timeout=timeout, **how).id
+    if action == "bitmap":
+        found = getattr(coordinators[0].bitmaps, command["call"])(*command.get("with", []), **command.get("how", {}))
+        return list(found) if command["call"] == "extents" else found
     if action == "group":
         members = zip(coordinators, command["targets"], strict=True)
         return [job.id for job in backup_group([Backup(*member, cbw_timeout=20) for member in members])]
@@ -119,8 +124,10 @@ def _do(coordinators: list[Coordinator], command: dict[str, Any]) -> Any:
     elif action == "resize":
         coordinators[0].resize(command["size"])
     elif action == "wait":
-        for job in jobs:
-            job.wait(30)
+        with ExitStack() as waits:
+            # All of them, also when one has failed.
+            for job in jobs:
+                waits.callback(job.wait, 30)
     return None
 
 

@@ -822,7 +822,7 @@ class Coordinator:
                 if job.cancel_requested:
                     self._abort(job, jobs.cancelled(job.id))
                     return
-                entry.target.finish()
+                entry.target.finish(lambda: self._reach("manifest", "target"))
             self._reach("named")
             if entry.increment is not None:
                 entry.increment.commit(entry.index)
@@ -847,7 +847,7 @@ class Coordinator:
                 job.freeze_progress(self.count_progress(job._entry))
                 entry = job._entry
                 if entry.increment is not None:
-                    entry.increment.fail(entry.index, entry.target, entry.bitmap)
+                    entry.increment.fail(entry.index, entry.target, entry.bitmap, self._pool)
                 self._release_entry(entry)
         finally:
             job.move(jobs.CONCLUDED)

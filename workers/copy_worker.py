@@ -256,6 +256,9 @@ class CopyWorker:
         close_descriptor(target.fd)
         if target.manifest_fd >= 0:
             close_descriptor(target.manifest_fd)
+        # From here on this worker writes nothing into it (`Pool.wait_let_go`).
+        ready = self.segment.geometry.worker(self.worker_id, Worker.ready_serial) + 4 * target.index
+        _core.store_u32(self.segment.memory, ready, 0)
         del self.targets[target.index]
 
     # -- what a writer waits for -----------------------------------------------------------------------------------

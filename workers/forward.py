@@ -19,6 +19,7 @@ import fcntl
 import logging
 import os
 import stat
+import time
 from dataclasses import replace
 
 from shmcbw.errors import ManifestError, TargetRefusedError
@@ -27,6 +28,8 @@ from shmcbw.points import Point
 
 from .manifest import BEING_MADE, CHANGING, FINISHED, NAMING, PARTIAL_SUFFIX, REST, Description, Manifest, sidecar
 from .targets import TargetFile, is_file, rename_without_replacing
+
+LET_GO_S = 2.0
 
 log = logging.getLogger("shmcbw")
 
@@ -64,8 +67,7 @@ class ForwardFile(TargetFile):
                 assert taken.manifest is not None
                 taken.manifest.copy_words(old)
                 taken.state_before = old.state
-                if old.state not in (CHANGING, REST):
-                    old.change(taken.identity)
+                old.change(taken.identity)
                 taken._hide()
             except BaseException:
                 taken.give_back()
@@ -91,7 +93,7 @@ class ForwardFile(TargetFile):
             try:
                 if not stat.S_ISREG(os.fstat(fd).st_mode):
                     raise _refused(path, "it is not a regular file")
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _wait_unheld(fd)
                 # Shared, as its workers will: an exclusive lock means that nobody is left.
                 fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 return cls(path, name, fd, Identity.of(os.fstat(fd)), overwrite=False)
@@ -116,13 +118,13 @@ class ForwardFile(TargetFile):
     def give_back(self) -> None:
         """Nothing was written into it: everything as it was before `take`."""
         self.remove_manifest()
-        if self.state_before is None or self.state_before in (CHANGING, REST):
+        if self.state_before in (None, CHANGING):
             return
-        if self.working_path != self.path:
+        if self.state_before != REST and self.working_path != self.path:
             rename_without_replacing(self.working_path, self.path)
             self.working_path = self.path
         with_state = Manifest.open(sidecar(self.path), writable=True)
-        with_state.set_state(self.state_before)
+        with_state.set_state(self.state_before or CHANGING)
         with_state.close()
 
     def remove(self) -> None:
@@ -134,6 +136,19 @@ class ForwardFile(TargetFile):
             "%s is not finished and stays; nothing is lost: the same backup in place, by the same bitmap, completes it",
             self.working_path,
         )
+
+
+def _wait_unheld(fd: int) -> None:
+    """Take the exclusive lock; BlockingIOError if somebody is at it.  Workers that have finished it let go soon."""
+    deadline = time.monotonic() + LET_GO_S
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.005)
 
 
 def _check(

@@ -20,12 +20,13 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 
 from shmcbw import _core, states
-from shmcbw.bitmap import PENDING, SKIPPED, ZERO, Bitmap
+from shmcbw.bitmap import SKIPPED, ZERO, Bitmap
+from shmcbw.clusters import outward
 from shmcbw.dirty import DirtyBitmap, DirtySet
 from shmcbw.errors import BitmapError, ShmcbwError
+from shmcbw.failpoints import hit, index_of
 from shmcbw.image import ImageFile
 from shmcbw.layout import Snapshot
 from shmcbw.points import Point
@@ -34,12 +35,14 @@ from shmcbw.snapshots import wake_all
 
 from .bitmaps import Bitmaps, segment_uuid
 from .forward import ForwardFile
-from .manifest import ABSENT, FULL, INCREMENT, NAMING, REST, Description, sidecar
+from .manifest import ABSENT, FINISHED, FULL, INCREMENT, NAMING, REST, Description, sidecar
 from .manifest import ZERO as ZERO_WORD
+from .pool import Pool
 from .targets import TargetFile
 
 log = logging.getLogger("shmcbw")
 
+_HELD, _FILTERED, _SEALED = (index_of(f"increment.{step}") for step in ("held", "filtered", "sealed"))
 _PASS_CLUSTERS = 1 << 20
 _NEVER = 0xFFFFFFFF
 REST_WAIT_S = 2.0
@@ -120,6 +123,7 @@ class Increment:
         if self.bitmap is not None and self.mode is not None:
             self._bitmaps.hold(self.bitmap, self.user, self.mode)
             # One that is not recording need not cover all up to the cut that is to come; `seal` asks again.
+            hit(self._segment.failpoints, _HELD)
             found = self._bitmaps[self.bitmap]
             since = found.covers(self._bitmaps.last_boundary) if found.recording else None
         geometry = self._segment.geometry
@@ -171,6 +175,7 @@ class Increment:
                     if skipped:
                         # Whoever waits for one of them need not.
                         wake_all(segment)
+            hit(segment.failpoints, _FILTERED)
             segment.set_snapshot(index, Snapshot.background, 1)
 
     def cut(self, index: int) -> Point:
@@ -181,9 +186,10 @@ class Increment:
 
     def seal(self, index: int, target: TargetFile, cluster_bytes: Bitmap) -> None:
         """Complete the manifest of a target that is complete.  OSError."""
-        if target.manifest is not None and target.manifest.state != NAMING:
+        if target.manifest is not None and target.manifest.state not in (NAMING, FINISHED):
             self._put_states(target, cluster_bytes)
             target.manifest.seal(NAMING, **self._changes(index, target))
+            hit(self._segment.failpoints, _SEALED)
 
     def _put_states(self, target: TargetFile, cluster_bytes: Bitmap) -> None:
         """Words of clusters that no worker has written one for."""
@@ -216,30 +222,41 @@ class Increment:
             log.warning("bitmap %r keeps what it had, for its new start can't be stored: %s", self.bitmap, error)
             self._bitmaps.release(self.user)
 
-    def fail(self, index: int, target: TargetFile, cluster_bytes: Bitmap) -> None:
+    def fail(self, index: int, target: TargetFile, cluster_bytes: Bitmap, pool: Pool) -> None:
         """The job has failed or was cancelled, after its cut.  Before its entry is free."""
-        if self.mode == "always" and self._leave_rest(index, target, cluster_bytes):
-            return
+        rest = Point(self.cut(index).segment, self.cut(index).epoch, rest=True)
+        if any(bitmap.since == rest for bitmap in self._bitmaps.values()):
+            # A coordinator that died had come so far.
+            target.stays = True
+        elif self.mode == "always":
+            target.stays = self._leave_rest(index, target, cluster_bytes, pool)
+        if target.stays:
+            log.warning("%s is not finished and stays: its bitmap holds only the rest", target.working_path)
         self._bitmaps.release(self.user)
 
-    def _leave_rest(self, index: int, target: TargetFile, cluster_bytes: Bitmap) -> bool:
+    def _leave_rest(self, index: int, target: TargetFile, cluster_bytes: Bitmap, pool: Pool) -> bool:
         """Bitmap-mode always: what was copied counts, so the unfinished target stays, with a manifest of its own.
 
         Only when both are safe does the bitmap forget what was copied.  If that can't be done it keeps its old bits.
+        Died on the way: the snapshot is BROKEN, so the next coordinator fails the job again, and comes here.
         """
         if target.manifest is None or target.working_path == target.path:
             return False
         try:
-            uncopied = self._stop_copying(index, cluster_bytes)
-            if uncopied is None:
+            if not self._stop_copying(index, pool):
+                log.warning("bitmap %r keeps all that it had: a copy worker does not let go", self.bitmap)
                 return False
+            found, epochs = self._found(), self._bitmaps.epochs
+            uncopied = DirtySet(epochs.size_bytes, found.unit(epochs) if found is not None else epochs.cluster_size)
+            uncopied.add_uncopied(cluster_bytes.memory, epochs.cluster_size)
             target.sync()
             self._put_states(target, cluster_bytes)
             if not self.in_place:
-                size = self._bitmaps.epochs.cluster_size
                 for offset, length in uncopied.extents():
-                    target.manifest.put_runs(offset // size, -(-(offset + length) // size), ABSENT)
+                    first, end = outward(offset, length, epochs.cluster_size)
+                    target.manifest.put_runs(first, end, ABSENT)
             target.manifest.seal(REST, **self._changes(index, target, rest=True))
+            hit(self._segment.failpoints, _SEALED)
             final = sidecar(target.path)
             os.rename(target.manifest.path, final)
             target.manifest.path = final
@@ -248,29 +265,13 @@ class Increment:
         except (OSError, ShmcbwError) as error:
             log.warning("bitmap %r keeps all that it had: %s", self.bitmap, error)
             return False
-        target.stays = True
-        log.warning("%s is not finished and stays: bitmap %r holds only the rest", target.working_path, self.bitmap)
         return True
 
-    def _stop_copying(self, index: int, cluster_bytes: Bitmap) -> DirtySet | None:
-        """Have nobody write into the target any more: what was not copied by then; None if somebody hangs.
-
-        BROKEN: nobody claims for long.  A worker that looked before that could still claim what is PENDING: nothing is.
-        """
-        segment, memory, clusters = self._segment, cluster_bytes.memory, cluster_bytes.clusters
+    def _stop_copying(self, index: int, pool: Pool) -> bool:
+        """Have nobody write into the target any more; False if somebody hangs.  Nobody copies for a BROKEN snapshot."""
+        segment = self._segment
         word = segment.snapshot(index, Snapshot.state)
-        if word & 0xFFFFFFFF == states.ACTIVE:
+        if word & 0xFFFFFFFF in (states.ACTIVE, states.COMPLETE):
             segment.exchange_snapshot(index, Snapshot.state, word, states.state_word(states.BROKEN, word >> 32))
             wake_all(segment)
-        epochs = self._bitmaps.epochs
-        found = self._found()
-        uncopied = DirtySet(epochs.size_bytes, found.unit(epochs) if found is not None else epochs.cluster_size)
-        uncopied.add_uncopied(memory, epochs.cluster_size)
-        deadline = time.monotonic() + REST_WAIT_S
-        while True:
-            _core.exchange(memory, 0, clusters, PENDING, SKIPPED)
-            if cluster_bytes.counts().copying == 0:
-                return uncopied
-            if time.monotonic() > deadline:
-                return None
-            time.sleep(0.005)
+        return pool.wait_let_go(index, int(self.user), REST_WAIT_S)

@@ -83,6 +83,7 @@ FIELDS = (
     (120, "Q", "zero_clusters", ""),
     (128, "Q", "absent_clusters", ""),
     (136, "16s", "table_digest", "XXH3-128 of all words"),
+    (152, "I", "rest", "1: what it shows is no instant, see the state REST"),
     (4088, "Q", "header_checksum", "XXH3-64 of bytes 0..4088 with the state as zeroes"),
 )
 _CHUNK_WORDS = 1 << 17
@@ -129,6 +130,7 @@ class Description:
             "state": bytes(8),
             "segment": bytes.fromhex(self.point.segment),
             "epoch": self.point.epoch,
+            "rest": int(self.point.rest),
             "since_segment": bytes.fromhex(since.segment),
             "since_epoch": since.epoch,
             "since_rest": int(since.rest),
@@ -164,7 +166,7 @@ class Description:
             found["kind"],
             found["image_size"],
             found["cluster_size"],
-            Point(found["segment"].hex(), found["epoch"], rest=state == REST),
+            Point(found["segment"].hex(), found["epoch"], rest=bool(found["rest"])),
             since,
             found["cut_time_ns"],
             Identity(found["target_device"], found["target_inode"]),
@@ -229,11 +231,6 @@ class Manifest:
             except (OSError, ManifestError):
                 continue
             if found.state != CHANGING and found.description.target == identity:
-                if found.state == REST:
-                    # Died over the end of a job that goes on now.
-                    found.path = sidecar(target) + PARTIAL_SUFFIX
-                    os.rename(path, found.path)
-                    found.set_state(BEING_MADE)
                 return found
             found.close()
         return None

@@ -181,6 +181,24 @@ class Pool:
             self.wake()
             self._segment.semaphore("c").wait(5_000_000)
 
+    def wait_let_go(self, index: int, serial: int, timeout_s: float) -> bool:
+        """Wait until no worker can write into the target of a snapshot that is not active any more: whether that came
+        in time.  The dead are replaced meanwhile; one that is stopped is waited for in vain."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            self.supervise()
+            # All of them: one of a dead coordinator may still be in the middle of a chunk.
+            alive = [i for i in range(1, self._segment.geometry.worker_count + 1) if self._lives(i)]
+            if all(self._answer(worker_id, index, serial) is None for worker_id in alive):
+                return True
+            if time.monotonic() > deadline:
+                return False
+            self.wake()
+            self._segment.semaphore("c").wait(5_000_000)
+
+    def _lives(self, worker_id: int) -> bool:
+        return self._segment.locked(worker_byte(worker_id))
+
     def refusal(self, index: int, serial: int) -> int:
         """The errno with which all workers failed to open a snapshot's target; 0 if any of them serves it."""
         answers = [self._answer(worker_id, index, serial) for worker_id in self._processes]

@@ -16,6 +16,7 @@ import logging
 import os
 import stat
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 
 from shmcbw import _core
@@ -147,11 +148,11 @@ class TargetFile:
         """fdatasync, by the descriptor that was open all along: the first failure is final, never tried again."""
         os.fdatasync(self.fd)
 
-    def finish(self) -> None:
+    def finish(self, reached: Callable[[], None] = lambda: None) -> None:
         """Give the complete and synced file its name; FileExistsError if one has appeared there meanwhile.
 
         Its manifest, sealed as NAMING, gets its name first, and is FINISHED when both have theirs.  An older manifest
-        under the name goes before the older file does.
+        under the name goes before the older file does.  ``reached``: called when the manifest has its name.
 
         OSError from the sync of the directory: the file has its name, which a power failure may still take away.
         """
@@ -159,32 +160,33 @@ class TargetFile:
         directory = self._open_directory()
         try:
             if self.working_path != self.path:
-                self._rename()
+                self._rename(reached)
             if self.manifest is not None and self.manifest.state != FINISHED:
                 self.manifest.set_state(FINISHED)
             _sync_directory(directory)
         finally:
             close_descriptor(directory)
 
-    def _rename(self) -> None:
+    def _rename(self, reached: Callable[[], None]) -> None:
         if not is_file(self.working_path, self.identity):
             raise OSError(errno.ESTALE, f"{self.working_path} was replaced while it was written")
         if not self.overwrite and os.path.lexists(self.path):
             raise FileExistsError(errno.EEXIST, "a file has appeared there meanwhile", self.path)
-        self._name_manifest()
+        self._name_manifest(reached)
         if self.overwrite:
             os.rename(self.working_path, self.path)
         else:
             rename_without_replacing(self.working_path, self.path)
         self.working_path = self.path
 
-    def _name_manifest(self) -> None:
+    def _name_manifest(self, reached: Callable[[], None]) -> None:
         final = sidecar(self.path)
         if self.manifest is None:
             _remove_stale(final)
         elif self.manifest.path != final:
             os.rename(self.manifest.path, final)
             self.manifest.path = final
+            reached()
 
     def _open_directory(self) -> int:
         return os.open(os.path.dirname(self.path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from shmcbw import _core
 from shmcbw.clusters import byte_range
-from shmcbw.image import HONEST_HOLES, next_data
+from shmcbw.image import HONEST_HOLES, close_descriptor, next_data
 
 from .manifest import CHECKSUM_MIN, KINDS, PARTIAL_SUFFIX, ZERO, Manifest, checksum
 
@@ -54,7 +54,7 @@ def verify(
         try:
             return _Check(final, fd, manifest, sample, random.Random(seed)).run(progress)
         finally:
-            os.close(fd)
+            close_descriptor(fd)
     finally:
         manifest.close()
 

@@ -181,6 +181,7 @@ ELSEWHERE = {
     "group cut": "test_groups",
     "adopt.groups": "test_groups",
     "resize": "test_resize_kill",
+    "increment": "test_bitmap_kill",
     "journal": "process/test_journal",
 }
 

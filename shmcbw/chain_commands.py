@@ -1,0 +1,248 @@
+"""The commands about chains of backups: ``restore``, ``verify``, ``bitmap``; and what ``backup --since`` decides.
+
+Part of the top layer, as `cli.py`: imports what runs only in the command that needs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import errno
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from .errors import BitmapError, CoordinatorRunningError, NoCoordinatorError, VerificationError
+from .sizes import format_size, parse_size
+
+if TYPE_CHECKING:
+    from .workers import Coordinator
+
+VERBS = ("list", "add", "remove", "clear", "enable", "disable", "merge")
+LIVE = (
+    "bitmaps live with a running coordinator (shmcbw serve, or a Coordinator in a program); --state-dir keeps "
+    "persistent ones beyond it"
+)
+
+
+def _sample(text: str) -> float:
+    """A fraction of all, as ``10%`` or ``0.1``."""
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a part of all (examples: 10%, 0.1)")
+    return value
+
+
+def _granularity(text: str) -> int:
+    from .dirty import check_granularity
+
+    try:
+        return check_granularity(parse_size(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def add_commands(commands: Any) -> None:
+    """Add the parsers of these commands."""
+    restore = commands.add_parser(
+        "restore",
+        help="build an image from a full backup and its increments",
+        description="Lay each INCREMENT over what is before it and write the result to OUT.  All is checked: that the "
+        "backups follow each other, and every cluster against its checksum.",
+    )
+    restore.add_argument("chain", metavar="BACKUP", nargs="+", help="BASE, then its increments, oldest first")
+    restore.add_argument("out", metavar="OUT")
+    restore.add_argument("--overwrite", action="store_true", help="replace an existing OUT of the same size")
+    restore.add_argument("--manifest", action="store_true", help="give OUT a manifest: it can be a base itself")
+    restore.add_argument("--json", action="store_true", help="print one JSON object")
+    restore.set_defaults(run=_restore)
+
+    verify = commands.add_parser(
+        "verify",
+        help="re-read a backup and compare it with its checksums",
+        description="Exit status: 0 right, 9 no manifest or a damaged one, 11 clusters differ, 1 it can't be read.",
+    )
+    verify.add_argument("target", metavar="TARGET")
+    verify.add_argument("--sample", type=_sample, default=1.0, metavar="PART", help="look at a part only, as 10%%")
+    verify.add_argument("--seed", type=int, default=0, metavar="N", help="which part (default 0)")
+    verify.add_argument("--json", action="store_true", help="print one JSON object")
+    verify.set_defaults(run=_verify)
+
+    bitmap = commands.add_parser(
+        "bitmap",
+        help="list and change dirty bitmaps",
+        description=f"Dirty bitmaps tell what was written since they were made or last used; {LIVE}.",
+    )
+    bitmap.add_argument("verb", metavar="VERB", choices=VERBS, help=", ".join(VERBS))
+    bitmap.add_argument("image", metavar="IMAGE")
+    bitmap.add_argument("name", metavar="NAME", nargs="?")
+    bitmap.add_argument("sources", metavar="SOURCE", nargs="*", help="merge: bitmaps to add to NAME")
+    bitmap.add_argument("--granularity", type=_granularity, metavar="SIZE", help="add: 512 and up (default 64K)")
+    bitmap.add_argument("--persistent", action="store_true", help="add: keep it in the state directory")
+    bitmap.add_argument("--disabled", action="store_true", help="add: do not record yet")
+    bitmap.add_argument("--state-dir", metavar="DIR", help="where persistent bitmaps are")
+    bitmap.add_argument("--json", action="store_true", help="print one JSON object")
+    bitmap.set_defaults(run=_bitmap)
+
+
+def add_backup_options(backup: argparse.ArgumentParser) -> None:
+    """The options of ``backup`` that are about bitmaps and manifests."""
+    backup.add_argument(
+        "--since",
+        metavar="BITMAP",
+        help="back up what has changed since this bitmap was made or last used; TARGET is an increment",
+    )
+    backup.add_argument(
+        "--in-place", action="store_true", help="TARGET is an older backup, the bitmap's base: bring it forward"
+    )
+    backup.add_argument(
+        "--bitmap-mode",
+        choices=("on-success", "never", "always"),
+        help="when the bitmap begins anew at this backup's cut (default on-success)",
+    )
+    backup.add_argument(
+        "--manifest", action="store_true", help="take checksums while copying, into TARGET.shmcbw (for verify)"
+    )
+    backup.add_argument("--state-dir", metavar="DIR", help="where persistent bitmaps are while nobody serves the image")
+
+
+def bitmap_parameters(coordinator: Coordinator, options: argparse.Namespace) -> dict[str, Any]:
+    """The parameters of a backup that are about its bitmap.  ``--sync auto`` is decided here, and what is decided said.
+
+    BitmapError: there is no such bitmap.
+    """
+    sync, name, mode = options.sync, options.since, options.bitmap_mode
+    found: dict[str, Any] = {"in_place": options.in_place, "manifest": options.manifest, "overwrite": options.overwrite}
+    if name is None:
+        if sync == "auto":
+            raise BitmapError("--sync auto needs --since BITMAP")
+        return {**found, "sync": sync or "full", "bitmap_mode": mode}
+    if sync == "auto":
+        sync = _decide(coordinator, name, persistent=options.state_dir is not None)
+        if sync == "full":
+            # It was to be brought forward anyway.
+            found.update(in_place=False, overwrite=options.overwrite or options.in_place)
+    elif name not in coordinator.bitmaps:
+        raise BitmapError(f"{coordinator.path} has no bitmap '{name}': {LIVE}")
+    sync = sync or ("bitmap" if mode else "incremental")
+    if sync != "incremental" and mode is None:
+        mode = "on-success"
+    return {**found, "sync": sync, "bitmap": name, "bitmap_mode": mode}
+
+
+def _decide(coordinator: Coordinator, name: str, *, persistent: bool) -> str:
+    """ "incremental" if the bitmap can be trusted; else "full", with a bitmap that begins anew."""
+    bitmaps = coordinator.bitmaps
+    bitmap = bitmaps.get(name)
+    if bitmap is not None and bitmap.recording and bitmap.covers(bitmaps.last_boundary) is not None:
+        return "incremental"
+    if bitmap is None:
+        why = "there is no such bitmap"
+    elif bitmap.inconsistent:
+        why = "it is inconsistent: it may have missed writes"
+    else:
+        why = "it was not recording all the time"
+    print(f"shmcbw backup: bitmap '{name}' of {coordinator.path}: {why}; taking a full backup", file=sys.stderr)
+    if bitmap is not None:
+        bitmaps.remove(name)
+    bitmaps.add(name, persistent=persistent)
+    return "full"
+
+
+def _restore(options: argparse.Namespace) -> int:
+    from .workers.restore import restore
+
+    done = restore(options.chain, options.out, overwrite=options.overwrite, manifest=options.manifest)
+    if options.json:
+        print(json.dumps(dataclasses.asdict(done)))
+    else:
+        print(
+            f"{done.path}: {format_size(done.size_bytes)}, {format_size(done.data_bytes)} of it data, as of "
+            f"{_time(done.cut_time_ns)}"
+        )
+    return 0
+
+
+def _time(time_ns: int) -> str:
+    return datetime.datetime.fromtimestamp(time_ns / 1e9).astimezone().isoformat(" ", "seconds")
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from .workers.verify import verify
+
+    found = verify(options.target, sample=options.sample, seed=options.seed)
+    if options.json:
+        print(json.dumps({**dataclasses.asdict(found), "sample": options.sample, "seed": options.seed}))
+    what = f"{found.path}: {found.kind} backup as of {_time(found.cut_time_ns)}: "
+    if found.differing_bytes:
+        for offset, length in found.differing if not options.json else []:
+            print(f"differs: {length} bytes at {offset}")
+        raise VerificationError(
+            f"{what}{format_size(found.differing_bytes)} differ from what was copied", tuple(found.differing)
+        )
+    if not options.json:
+        part = "" if options.sample == 1 else f" (a sample of {options.sample:.3%}, seed {options.seed})"
+        print(
+            f"{what}{format_size(found.checked_bytes)} of data and {format_size(found.zero_bytes)} of zeroes are "
+            f"what was copied{part}"
+        )
+    return 0
+
+
+def _bitmap(options: argparse.Namespace) -> int:
+    from .image import ImageFile
+    from .segment import attach
+    from .workers import Coordinator
+
+    if (options.name is None) != (options.verb == "list") or bool(options.sources) != (options.verb == "merge"):
+        print(f"shmcbw bitmap: {options.verb} takes other arguments", file=sys.stderr)
+        return 2
+    if options.state_dir is None:
+        image = ImageFile.open(options.image, writable=False)
+        try:
+            attach(image).close()
+        except NoCoordinatorError:
+            what = f"{options.image}: no coordinator serves this image; {LIVE}"
+            raise NoCoordinatorError(errno.ENOENT, what) from None
+        finally:
+            image.close()
+    try:
+        with Coordinator(options.image, state_dir=options.state_dir) as coordinator:
+            found = _apply(coordinator, options)
+    except CoordinatorRunningError as error:
+        raise CoordinatorRunningError(
+            error.errno, f"{error.strerror}: change its bitmaps through that one (over QMP, if it is a daemon)"
+        ) from None
+    if options.json:
+        print(json.dumps({"bitmaps": found}))
+    else:
+        print("\n".join(map(_bitmap_text, found)) or f"{options.image} has no bitmaps")
+    return 0
+
+
+def _apply(coordinator: Coordinator, options: argparse.Namespace) -> list[dict[str, Any]]:
+    bitmaps, name = coordinator.bitmaps, options.name
+    if options.verb == "add":
+        bitmaps.add(name, granularity=options.granularity, persistent=options.persistent, disabled=options.disabled)
+    elif options.verb == "merge":
+        bitmaps.merge(name, options.sources)
+    elif options.verb != "list":
+        {
+            "remove": bitmaps.remove,
+            "clear": bitmaps.clear,
+            "enable": bitmaps.enable,
+            "disable": bitmaps.disable,
+        }[options.verb](name)
+    return bitmaps.query()
+
+
+def _bitmap_text(bitmap: dict[str, Any]) -> str:
+    words = [word for word in ("recording", "busy", "persistent", "inconsistent") if bitmap.get(word)]
+    return (
+        f"{bitmap['name']}: {format_size(bitmap['count'])} dirty, granularity {format_size(bitmap['granularity'])}"
+        + "".join(f", {word}" for word in words)
+    )
