@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -109,6 +110,31 @@ def make_image(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return make
+
+
+def needs_root(what: str) -> None:
+    """Skip a test that an ordinary user can't run; in CI that is a failure."""
+    if os.geteuid() != 0:
+        assert not os.environ.get("CI"), "CI must run as root"
+        pytest.skip(f"NOT TESTED: {what} needs root")
+
+
+@pytest.fixture
+def make_tmpfs(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """make_tmpfs(size) -> the directory of a file system of its own; size as in mount(8): "512k"."""
+    made: list[Path] = []
+
+    def make(size: str) -> Path:
+        needs_root("mounting a small file system")
+        directory = tmp_path / f"tmpfs{len(made)}"
+        directory.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(directory)], check=True)
+        made.append(directory)
+        return directory
+
+    yield make
+    for directory in made:
+        subprocess.run(["umount", "-l", str(directory)], check=True)
 
 
 def wait_for(condition: Callable[[], object], what: str, timeout: float = 10.0) -> None:

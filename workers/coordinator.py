@@ -813,7 +813,7 @@ class Coordinator:
         """Sync and name the target; beside supervision, for a sync may take long."""
         entry = job._entry
         try:
-            entry.target.sync()
+            entry.target.sync(self._segment.geometry.image_size)
             if entry.increment is not None:
                 entry.increment.seal(entry.index, entry.target, entry.bitmap)
             self._reach("synced")

@@ -91,6 +91,8 @@ def copy_run(
     hole_state = SKIPPED if skip_holes else ZERO
     cluster = first
     try:
+        # Here and at the end (`TargetFile.sync`): what follows would make a truncated target as long as before.
+        check_target(target_fd, source.size_bytes)
         while cluster < end:
             offset = cluster * cluster_size
             data = source.data_from(offset)
@@ -138,6 +140,16 @@ def copy_run(
             result.runs.clear()
             result.failed_cluster = first
     return result
+
+
+def check_target(target_fd: int, size_bytes: int) -> None:
+    """OSError if a target, which is made as large as the image, has been truncated: what was copied is lost.
+
+    Believed only where holes are too: FUSE and network file systems answer from caches that may be older than the file.
+    """
+    size = os.fstat(target_fd).st_size
+    if size < size_bytes and _core.file_system(target_fd) in HONEST_HOLES:
+        raise OSError(errno.EIO, f"the target was truncated to {size} bytes by somebody else")
 
 
 def _check_size(source: Source) -> None:

@@ -249,7 +249,7 @@ class Increment:
             found, epochs = self._found(), self._bitmaps.epochs
             uncopied = DirtySet(epochs.size_bytes, found.unit(epochs) if found is not None else epochs.cluster_size)
             uncopied.add_uncopied(cluster_bytes.memory, epochs.cluster_size)
-            target.sync()
+            target.sync(target.manifest.description.image_size)
             self._put_states(target, cluster_bytes)
             if not self.in_place:
                 for offset, length in uncopied.extents():

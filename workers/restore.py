@@ -156,7 +156,7 @@ def _write(
                 target.manifest.put(first, words)
             if progress is not None:
                 progress(byte_range(0, end, last.cluster_size, last.image_size)[1], last.image_size)
-        target.sync()
+        target.sync(last.image_size)
         if target.manifest is not None:
             target.manifest.seal(NAMING)
         target.finish()

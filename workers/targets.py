@@ -24,6 +24,7 @@ from shmcbw.errors import ImageError, ManifestError, TargetRefusedError
 from shmcbw.image import Identity, ImageFile, close_descriptor
 from shmcbw.layout import PATH_SIZE
 
+from .copying import check_target
 from .manifest import CHANGING, FINISHED, REST, SUFFIX, Description, Manifest, sidecar
 from .manifest import PARTIAL_SUFFIX as PARTIAL_SUFFIX
 
@@ -144,9 +145,14 @@ class TargetFile:
             return found
         return None
 
-    def sync(self) -> None:
-        """fdatasync, by the descriptor that was open all along: the first failure is final, never tried again."""
+    def sync(self, size_bytes: int) -> None:
+        """fdatasync, by the descriptor that was open all along: the first failure is final, never tried again.
+
+        OSError, too, if the file has not the size of the image any more.
+        """
         os.fdatasync(self.fd)
+        # Last: a sync may take long.
+        check_target(self.fd, size_bytes)
 
     def finish(self, reached: Callable[[], None] = lambda: None) -> None:
         """Give the complete and synced file its name; FileExistsError if one has appeared there meanwhile.

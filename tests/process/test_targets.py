@@ -118,16 +118,9 @@ def test_a_read_only_file_system_is_refused(coordinator: Coordinator, small_tmpf
 
 
 @pytest.fixture
-def small_tmpfs(tmp_path: Path) -> Iterator[Path]:
+def small_tmpfs(make_tmpfs: Callable[[str], Path]) -> Path:
     """A file system of 512 KiB of its own."""
-    if os.geteuid() != 0:
-        assert not os.environ.get("CI"), "CI must run as root"
-        pytest.skip("mounting a small file system needs root")
-    directory = tmp_path / "small"
-    directory.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "none", str(directory)], check=True)
-    yield directory
-    subprocess.run(["umount", "-l", str(directory)], check=True)
+    return make_tmpfs("512k")
 
 
 def test_a_backup_has_its_name_only_when_it_is_finished(coordinator: Coordinator, tmp_path: Path) -> None:
