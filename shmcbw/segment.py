@@ -50,7 +50,8 @@ _ALLOCATED, _OWNED, _SEMAPHORES, _HEADER = (
 )
 _MARKED, _NAMES = failpoints.index_of("retire.marked"), failpoints.index_of("retire.names")
 _SEMAPHORE_FILE_BYTES = 32
-_RESIZE_TRIES = 100
+_RESIZE_TRIES = 20
+_RESIZE_PAUSE_S = 0.001
 
 
 def worker_byte(worker_id: int) -> int:
@@ -489,14 +490,16 @@ def attach(image: ImageFile) -> Segment:
 def attach_named(identity: Identity, owner: int) -> Segment:
     """Attach to whatever image had this identity, `owner` being a uid that may own it beside us and root."""
     for _ in range(_RESIZE_TRIES):
-        segment = _try_attach(identity, owner)
-        if segment is not None:
-            return segment
-    raise ForeignSegmentError(errno.EINVAL, f"{SHM}{segment_name(identity)} changes its size again and again")
+        try:
+            return _try_attach(identity, owner)
+        except _SizesDifferError as error:
+            different = error
+            time.sleep(_RESIZE_PAUSE_S)
+    raise different
 
 
-def _try_attach(identity: Identity, owner: int) -> Segment | None:
-    """Attach, or None: a resize was in the way."""
+def _try_attach(identity: Identity, owner: int) -> Segment:
+    """Attach; _SizesDifferError also if a resize was in the way, or one was taken back and another one begun."""
     name = segment_name(identity)
     try:
         fd = open_shared_memory(name)
@@ -512,9 +515,7 @@ def _try_attach(identity: Identity, owner: int) -> Segment | None:
             raise NoCoordinatorError(errno.EAGAIN, f"{SHM}{name} is not finished: its coordinator is starting, or died")
         memory = mmap.mmap(fd, status.st_size)
         geometry = _check_header(memory, name, identity)
-        if not _check_size(fd, memory, name, geometry):
-            memory.close()
-            return None
+        _check_size(fd, memory, name, geometry)
         return Segment(name, _lock_descriptor(fd), memory, geometry, identity)
     except BaseException:
         if memory is not None:
@@ -551,11 +552,16 @@ def _check_header(memory: mmap.mmap, name: str, identity: Identity) -> Geometry:
         raise ForeignSegmentError(errno.EINVAL, f"{SHM}{name}: {error}") from None
 
 
-def _check_size(fd: int, memory: mmap.mmap, name: str, geometry: Geometry) -> bool:
-    """Whether the segment is as large as its header says, also in the middle of a resize; False: that went on
-    meanwhile.  ForeignSegmentError if it is not.
+class _SizesDifferError(ForeignSegmentError):
+    """The segment is not as large as its header says: foreign, if it stays so."""
 
-    A resize stores resize_to, makes the segment larger, stores image_size, and takes resize_to back.
+
+def _check_size(fd: int, memory: mmap.mmap, name: str, geometry: Geometry) -> None:
+    """_SizesDifferError unless the segment is as large as its header says, also in the middle of a resize.
+
+    A resize stores resize_to, makes the segment larger, stores image_size, and takes resize_to back.  At each moment
+    they fit, but what was read at different ones may not (the model shows that looking once more for whether they have
+    changed is not enough: they may have changed back).
     """
     expected = {geometry.segment_size}
     resize_to = _core.load_u64(memory, Header.resize_to.offset)
@@ -565,11 +571,8 @@ def _check_size(fd: int, memory: mmap.mmap, name: str, geometry: Geometry) -> bo
         except ValueError as error:
             raise ForeignSegmentError(errno.EINVAL, f"{SHM}{name}: resize: {error}") from None
     found = os.fstat(fd).st_size
-    if found in expected and len(memory) >= geometry.segment_size:
-        return True
-    if found != len(memory) or _core.load_u64(memory, Header.image_size.offset) != geometry.image_size:
-        return False
-    raise ForeignSegmentError(errno.EINVAL, f"{SHM}{name} has {found} bytes, its header says {geometry.segment_size}")
+    if found not in expected or len(memory) < geometry.segment_size:
+        raise _SizesDifferError(errno.EINVAL, f"{SHM}{name} has {found} bytes, its header says {geometry.segment_size}")
 
 
 class StaleSegmentError(ShmcbwError):

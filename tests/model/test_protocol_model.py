@@ -16,6 +16,9 @@ from tools.model.group.scenarios import GROUP_SCENARIOS, group_scenario
 from tools.model.group.state import GroupScenario
 from tools.model.mutations import Mutation
 from tools.model.protocol import STEPS, Protocol
+from tools.model.resize.protocol import RESIZE_STEPS, ResizeProtocol
+from tools.model.resize.scenarios import RESIZE_SCENARIOS, resize_scenario
+from tools.model.resize.state import ResizeScenario
 from tools.model.scenarios import scenario
 from tools.model.state import WRITER_SEEN, Scenario
 from tools.model.worlds import MUTATIONS, WORLDS, Anyone
@@ -84,6 +87,18 @@ def test_every_run_of_two_images_ends(world: GroupScenario) -> None:
 
 def test_two_images_hold_without_reductions() -> None:
     assert search_scenario(GroupScenario("small", writers=((0, 1),), kills=2), reduced=False).broken == ""
+
+
+@pytest.mark.parametrize("world", RESIZE_SCENARIOS, ids=lambda world: world.name)
+def test_every_run_of_a_resize_ends(world: ResizeScenario) -> None:
+    """But for a handle that starts over, which it does only when the resize has gone on meanwhile."""
+    assert longest_run(Search(ResizeProtocol, world)) is not None
+
+
+def test_every_step_of_a_resize_is_done_and_no_other() -> None:
+    search = Search(ResizeProtocol, resize_scenario("resize"))
+    done = {name for state in search.reachable() for name, _, _ in search.protocol.steps(state)}
+    assert done == set(RESIZE_STEPS)
 
 
 def test_every_step_of_the_group_cut_is_done_and_no_other() -> None:

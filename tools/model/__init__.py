@@ -12,7 +12,8 @@
 ``mutations.py``    the protocol with one rule removed, once per rule
 ``reductions.py``   states that behave alike are visited once
 ``group/``          two images and one cut, a model of its own
-``worlds.py``       what is searched, of one image and of two
+``resize/``         a resize, another one
+``worlds.py``       what is searched, of each kind of world
 ``explorer.py``     breadth-first search, shortest counter-examples
 ``trace.py``        a counter-example for people
 

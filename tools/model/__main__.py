@@ -20,7 +20,7 @@ from functools import partial
 from tools.model.explorer import Search, Verdict
 from tools.model.mutations import Mutation
 from tools.model.trace import lines
-from tools.model.worlds import LARGER, MUTATIONS, ONE_IMAGE, TWO_IMAGES, WORLDS, Anyone, kind_of
+from tools.model.worlds import KINDS, LARGER, MUTATIONS, WORLDS, Anyone, kind_of
 
 ROW = "{:<24} {:<8} {:>9} {:>7}  {}"
 
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := set(options.names) - set(known):
         parser.error(f"no such scenario or mutation: {', '.join(sorted(unknown))}")
     if options.steps:
-        for title, kind in (("one image", ONE_IMAGE), ("two images, one cut", TWO_IMAGES)):
+        for title, kind in KINDS.items():
             print(f"{title}:")
             for name, meaning in kind.steps.items():
                 print(f"  {name:<26} {meaning}")

@@ -15,6 +15,8 @@ from typing import ClassVar, Final
 from tools.model.group.protocol import GroupProtocol
 from tools.model.group.state import GroupScenario
 from tools.model.protocol import Protocol
+from tools.model.resize.protocol import ResizeProtocol
+from tools.model.resize.state import ResizeScenario
 from tools.model.scenarios import scenario
 from tools.model.state import (
     COORDINATOR,
@@ -520,9 +522,9 @@ class Mutation:
     """A rule removed: the protocol without it, the promise that breaks, and where."""
 
     name: str
-    protocol: type[Protocol] | type[GroupProtocol]
+    protocol: type[Protocol] | type[GroupProtocol] | type[ResizeProtocol]
     promise: str
-    scenario: Scenario | GroupScenario
+    scenario: Scenario | GroupScenario | ResizeScenario
 
     @property
     def meaning(self) -> str:

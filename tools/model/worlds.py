@@ -1,4 +1,4 @@
-"""What is searched: the worlds of one image and those of two, and for each kind what a search needs to know of it."""
+"""What is searched: worlds of one image, of two, and of a resize, and what a search needs to know of each kind."""
 
 from __future__ import annotations
 
@@ -17,6 +17,12 @@ from tools.model.group.state import GroupScenario
 from tools.model.group.trace import group_words
 from tools.model.mutations import Mutation
 from tools.model.properties import MEANS, PROPERTIES
+from tools.model.resize.mutations import RESIZE_MUTATIONS
+from tools.model.resize.properties import RESIZE_PROPERTIES
+from tools.model.resize.protocol import RESIZE_STEPS, ResizeProtocol
+from tools.model.resize.scenarios import RESIZE_LARGER, RESIZE_SCENARIOS
+from tools.model.resize.state import ResizeScenario
+from tools.model.resize.trace import resize_words
 from tools.model.state import Scenario
 
 
@@ -52,16 +58,35 @@ TWO_IMAGES: Final = Kind(
     GroupProtocol, GroupReductions, GROUP_PROPERTIES, {}, GROUP_STEPS, GROUP_MUTATION_STEPS, group_words
 )
 
-Anyone = Scenario | GroupScenario
 
-WORLDS: Final[tuple[Anyone, ...]] = (*scenarios.SCENARIOS, *GROUP_SCENARIOS)
+class AllApart:
+    """No two states of a resize behave alike."""
+
+    def __init__(self, protocol: ResizeProtocol) -> None:
+        pass
+
+    def normal(self, state: bytes) -> bytes:
+        return state
+
+    def representative(self, state: bytes) -> bytes:
+        return state
+
+
+RESIZE: Final = Kind(ResizeProtocol, AllApart, RESIZE_PROPERTIES, {}, RESIZE_STEPS, {}, resize_words)
+KINDS: Final = {"one image": ONE_IMAGE, "two images, one cut": TWO_IMAGES, "a resize": RESIZE}
+
+Anyone = Scenario | GroupScenario | ResizeScenario
+
+WORLDS: Final[tuple[Anyone, ...]] = (*scenarios.SCENARIOS, *GROUP_SCENARIOS, *RESIZE_SCENARIOS)
 """Searched by `make test`."""
 
-LARGER: Final[tuple[Anyone, ...]] = (*scenarios.LARGER, *GROUP_LARGER)
+LARGER: Final[tuple[Anyone, ...]] = (*scenarios.LARGER, *GROUP_LARGER, *RESIZE_LARGER)
 """Searched by `make model` only."""
 
-MUTATIONS: Final[tuple[Mutation, ...]] = (*mutations.MUTATIONS, *GROUP_MUTATIONS)
+MUTATIONS: Final[tuple[Mutation, ...]] = (*mutations.MUTATIONS, *GROUP_MUTATIONS, *RESIZE_MUTATIONS)
 
 
 def kind_of(scenario: Anyone) -> Kind:
+    if isinstance(scenario, ResizeScenario):
+        return RESIZE
     return TWO_IMAGES if isinstance(scenario, GroupScenario) else ONE_IMAGE
