@@ -84,6 +84,9 @@ class Disk(_core.Filter):
         the data to equal what is there: it is compared, and if so nothing is copied, marked or stored.  A write lies
         wholly before or wholly after each cut, whatever its length (I5); one that stores for longer than the
         coordinator's drain_limit makes a cut fail.
+    try_pwrite(data, offset, patience_ns) -> bool
+        pwrite for event loops: waits for copies for at most ``patience_ns``, then returns False with nothing done.  (At
+        the gate of a cut it waits like any write, at most the coordinator's drain_limit.)
     pwrite_zeroes(count, offset) -> int, pdiscard(count, offset) -> int
         Make a range read as zeroes, with a hole where the file can have one.  Writes like any other.
     pread(count, offset) -> bytes, pread_into(buffer, offset) -> int

@@ -119,6 +119,8 @@ struct request {
     uint64_t wait_started_ns; /* 0: has not waited */
     int failed_errno;         /* by a failpoint, 0: none */
     enum failpoint failed_at;
+    uint64_t patience_ns;     /* how long it may wait for copies before it gives up with nothing done; 0: no limit */
+    bool gave_up;
 };
 
 static struct thread_slot *find_thread(struct filter *self)
@@ -359,6 +361,10 @@ static int await_copies(struct filter *self, struct thread_slot *thread, struct 
 
     if (request->wait_started_ns == 0)
         request->wait_started_ns = now_ns();
+    uint64_t give_up_ns = UINT64_MAX;
+    if (request->patience_ns != 0 &&
+        __builtin_add_overflow(request->wait_started_ns, request->patience_ns, &give_up_ns))
+        give_up_ns = UINT64_MAX;
     /* Without the GIL another thread may attach or detach bitmaps: keep the ones of this wait. */
     for (int i = 0; i < SNAPSHOT_COUNT; i++) {
         bitmaps[i] = shared->bitmaps[i];
@@ -372,6 +378,8 @@ static int await_copies(struct filter *self, struct thread_slot *thread, struct 
     while (!failed) {
         uint64_t budget_ns = self->may_spin ? thread->spin_ns : 0, started_ns = now_ns();
         bool in_vain = false;
+        if (started_ns >= give_up_ns || give_up_ns - started_ns < budget_ns)
+            budget_ns = started_ns < give_up_ns ? give_up_ns - started_ns : 0;
         Py_BEGIN_ALLOW_THREADS
         waited = look_at_want(self, bitmaps, slot, sequence, first, end, &error, &index, &cluster);
         for (unsigned int turn = 0; waited == WAITED_BLOCKED && budget_ns != 0; turn++) {
@@ -388,6 +396,10 @@ static int await_copies(struct filter *self, struct thread_slot *thread, struct 
                 slice_ns = 0;
             else if (late >= 0 && deadline_ns - now < slice_ns)
                 slice_ns = deadline_ns - now;
+            if (give_up_ns <= now)
+                slice_ns = 0;
+            else if (give_up_ns - now < slice_ns)
+                slice_ns = give_up_ns - now;
             if (slice_ns != 0 && self->open) {
                 word32 *asleep = slot_word32(shared, slot, shared->asleep);
                 atomic_store(asleep, 1);
@@ -420,6 +432,10 @@ static int await_copies(struct filter *self, struct thread_slot *thread, struct 
         if (late >= 0 && deadline_ns <= now_ns())
             break;
         late = -1;
+        if (give_up_ns <= now_ns()) {
+            request->gave_up = true;
+            break;
+        }
     }
     withdraw_want(shared, slot, sequence);
     failed |= reach(self, failpoints_armed(self), WRITER_READY, request);
@@ -617,16 +633,22 @@ static void finish_close(struct filter *self)
     PyErr_Restore(type, value, trace);
 }
 
-static PyObject *run_write(struct filter *self, struct request *request)
+/* 1: written; 0: gave up, nothing done; -1: raised. */
+static int run_request(struct filter *self, struct request *request)
 {
     int done = 0;
     self->busy++;
-    while (done == 0)
+    while (done == 0 && !request->gave_up)
         done = try_write(self, request);
     self->busy--;
     if (__builtin_expect(self->closing_thread != 0, 0))
         finish_close(self);
-    return done < 0 ? NULL : PyLong_FromUnsignedLongLong(request->length);
+    return done;
+}
+
+static PyObject *run_write(struct filter *self, struct request *request)
+{
+    return run_request(self, request) < 0 ? NULL : PyLong_FromUnsignedLongLong(request->length);
 }
 
 /* An int that does not fit is out of range, like any other offset outside the image. */
@@ -670,6 +692,27 @@ static PyObject *filter_pwrite(PyObject *object, PyObject *const *args, Py_ssize
     PyObject *result = run_write(self, &request);
     PyBuffer_Release(&data);
     return result;
+}
+
+static PyObject *filter_try_pwrite(PyObject *object, PyObject *const *args, Py_ssize_t count)
+{
+    struct filter *self = (struct filter *)object;
+    struct request request = {.kind = KIND_DATA};
+    Py_buffer data;
+
+    if (count != 3)
+        return PyErr_Format(PyExc_TypeError, "try_pwrite() takes data, offset and patience_ns (%zd were given)", count);
+    if (!as_u64(args[2], "patience_ns", &request.patience_ns) || !get_position(self, args[1], &request.offset))
+        return NULL;
+    if (request.patience_ns == 0)
+        return PyErr_Format(PyExc_ValueError, "try_pwrite: patience_ns must be above 0");
+    if (PyObject_GetBuffer(args[0], &data, PyBUF_SIMPLE) != 0)
+        return NULL;
+    request.data = data.buf;
+    request.length = (uint64_t)data.len;
+    int done = run_request(self, &request);
+    PyBuffer_Release(&data);
+    return done < 0 ? NULL : PyBool_FromLong(done);
 }
 
 static PyObject *filter_zeroes(PyObject *object, PyObject *const *args, Py_ssize_t count)
@@ -1020,6 +1063,10 @@ static PyMethodDef filter_methods[] = {
      "pwrite($self, data, offset, /, *, unchanged=False)\n--\n\n"
      "Write a bytes-like object at a byte offset and return the number of bytes written.\n\n"
      "Waits while a snapshot still needs old content of a cluster it touches; see shmcbw.filter.Disk."},
+    {"try_pwrite", (PyCFunction)(void (*)(void))filter_try_pwrite, METH_FASTCALL,
+     "try_pwrite($self, data, offset, patience_ns, /)\n--\n\n"
+     "Write like pwrite, but wait for copies for at most patience_ns (nanoseconds, above 0) and then give up with\n"
+     "nothing done.  Returns whether the data was written."},
     {"pwrite_zeroes", (PyCFunction)(void (*)(void))filter_zeroes, METH_FASTCALL,
      "pwrite_zeroes($self, count, offset, /)\n--\n\nMake count bytes at offset read as zeroes; a hole where the file "
      "can have one.  Returns count."},

@@ -251,3 +251,18 @@ def test_an_exception_of_a_signal_handler_comes_out_of_a_wait(image: Path, tmp_p
                 timer.join()
             finally:
                 signal.signal(signal.SIGUSR1, previous)
+
+
+def test_an_impatient_write_gives_up_with_nothing_done_and_breaks_nothing(image: Path, tmp_path: Path) -> None:
+    with Coordinator(image, workers=1) as coordinator, shmcbw.open(image) as disk:
+        with coordinator.snapshot(tmp_path / "scratch") as snapshot:
+            before = disk.pread(100, 0)
+            with stopped_workers(coordinator):
+                assert disk.try_pwrite(b"x" * 100, 0, 1_000_000) is False
+                assert disk.pread(100, 0) == before
+                with pytest.raises(ValueError, match="patience_ns"):
+                    disk.try_pwrite(b"x", 0, 0)
+            assert disk.try_pwrite(b"x" * 100, 0, 10_000_000_000) is True
+            assert disk.try_pwrite(b"y" * 100, 50, 1) is True, "a hot cluster needs no patience"
+            assert disk.pread(150, 0) == b"x" * 50 + b"y" * 100
+            assert snapshot.pread(100, 0) == before
