@@ -1058,7 +1058,7 @@ def _own_segment(
             segment.close()
         elif fits:
             try:
-                image_lock.take(shared_with_ours=worker_lives(segment))
+                image_lock.take()
             except BaseException:
                 segment.close()
                 raise

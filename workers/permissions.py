@@ -17,8 +17,9 @@ bears no writer, only with `-U` (its copy then is of no one instant: take a back
 
 One open file description carries the locks of coordinator and workers: workers inherit it.  The kernel drops the locks
 when the last of them is gone, so they outlive a coordinator as long as anybody copies for its snapshots.  Locks that
-each process took for itself would leave a moment in which nobody holds them, and a next coordinator could not tell its
-predecessor's workers from a QEMU: such locks carry no pid.  Writers hold none.  When coordinator and workers are dead,
+each process took for itself would leave a moment in which nobody holds them.  A byte of our own among them, 300, tells
+a next coordinator that its predecessor's workers hold them and not a QEMU: such locks carry no pid, and a worker that
+is still starting shows nowhere else.  Writers hold none.  When coordinator and workers are dead,
 nothing keeps a QEMU from the image; the next coordinator looks, and refuses while it is there.
 """
 
@@ -44,6 +45,8 @@ DOES, BEARS_NOT = 100, 200
 OURS = (CONSISTENT_READ, WRITE)
 #: What of others we don't bear.
 UNSHARED = (WRITE, RESIZE)
+#: Locked by whoever of us holds the others, from when nobody stood in the way.  QEMU does not look there.
+MARK = 300
 
 LOCKING = ("auto", "on", "off")
 #: Ours is above any descriptor that a worker opens: a dying process closes in ascending order, so whoever sees a
@@ -72,11 +75,11 @@ class ImageLock:
     def held(self) -> bool:
         return self.fd >= 0
 
-    def take(self, *, shared_with_ours: bool = False) -> None:
+    def take(self) -> None:
         """Take the locks; ImageInUseError with nothing taken if another process writes the image, or bears no writer.
 
-        Blocks for at most a second in a conflict: who holds the locks may be dying.  ``shared_with_ours``: workers
-        of a dead coordinator live.  They hold the locks and had them all the time, so nobody else can.
+        Blocks for at most a second in a conflict: who holds the locks may be dying.  Workers of a dead coordinator are
+        no conflict: they hold the locks and had them all the time, so nobody else can.
         """
         if self._locking == "off" or self.held:
             return
@@ -90,8 +93,9 @@ class ImageLock:
         try:
             for byte in (*(DOES + bit for bit in OURS), *(BEARS_NOT + bit for bit in UNSHARED)):
                 self._set(byte, fcntl.F_RDLCK)
-            if not shared_with_ours:
-                self._wait_for_others(OURS, UNSHARED, "can't be served")
+            # Our own locks are set: whoever is seen to bear the mark leaves no moment without any to somebody else.
+            self._wait_for_others(OURS, UNSHARED, "can't be served", but_ours=True)
+            self._set(MARK, fcntl.F_RDLCK)
         except OSError as error:
             self.close()
             if isinstance(error, ImageInUseError):
@@ -112,7 +116,7 @@ class ImageLock:
             return
         self._set(DOES + RESIZE, fcntl.F_RDLCK)
         try:
-            self._wait_for_others((RESIZE,), (), "can't be resized")
+            self._wait_for_others((RESIZE,), (), "can't be resized", but_ours=False)
         except BaseException:
             self.drop_resize()
             raise
@@ -124,10 +128,12 @@ class ImageLock:
     def _set(self, byte: int, kind: int) -> None:
         fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, _flock(kind, byte))
 
-    def _wait_for_others(self, does: tuple[int, ...], unshared: tuple[int, ...], what: str) -> None:
+    def _wait_for_others(self, does: tuple[int, ...], unshared: tuple[int, ...], what: str, *, but_ours: bool) -> None:
         """Who stands in the way may be dying, or be a tool that is done in a moment: a second, then ImageInUseError."""
         deadline = time.monotonic() + CONFLICT_S
-        while (conflict := self._conflict(does, unshared)) is not None:
+        while (
+            not (but_ours and self._held_elsewhere(MARK)) and (conflict := self._conflict(does, unshared)) is not None
+        ):
             if time.monotonic() > deadline:
                 raise self._in_use(conflict, what)
             time.sleep(_LOOK_S)
@@ -135,10 +141,13 @@ class ImageLock:
     def _conflict(self, does: tuple[int, ...], unshared: tuple[int, ...]) -> int | None:
         """The first byte of somebody else's that forbids what we do, or does what we don't bear."""
         for byte in (*(BEARS_NOT + bit for bit in does), *(DOES + bit for bit in unshared)):
-            answer = fcntl.fcntl(self.fd, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, byte))
-            if struct.unpack("hhqqi4x", answer)[0] != fcntl.F_UNLCK:
+            if self._held_elsewhere(byte):
                 return byte
         return None
+
+    def _held_elsewhere(self, byte: int) -> bool:
+        answer = fcntl.fcntl(self.fd, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, byte))
+        return bool(struct.unpack("hhqqi4x", answer)[0] != fcntl.F_UNLCK)
 
     def _in_use(self, byte: int, what: str) -> ImageInUseError:
         bit = byte % 100

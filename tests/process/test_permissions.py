@@ -208,6 +208,25 @@ def test_a_dead_coordinators_image_is_locked_while_its_workers_live_and_adopted_
     assert write_by_qemu(image) == 0
 
 
+def test_a_worker_that_was_only_just_started_by_a_dead_coordinator_is_not_taken_for_a_qemu(image: Path) -> None:
+    """It holds what it inherited, and nothing in the segment tells of it yet."""
+    file = ImageFile.open(image, writable=False)
+    dead, following = ImageLock(file), ImageLock(file)
+    dead.take()
+    starting = subprocess.Popen(["sleep", "60"], pass_fds=(dead.fd,))
+    try:
+        dead.close()
+        assert write_by_qemu(image) != 0
+        following.take()
+        assert following.held
+    finally:
+        starting.kill()
+        starting.wait()
+        following.close()
+        file.close()
+    assert locked_bytes(image) == set()
+
+
 def test_a_qemu_that_came_when_all_were_dead_keeps_the_next_coordinator_away(image: Path, tmp_path: Path) -> None:
     workers = orphans(image, tmp_path)
     for pid in workers:
