@@ -1,11 +1,11 @@
 """A coordinator in a process of its own, driven by lines of JSON: ``python -m tests.owner IMAGE [IMAGE...]``.
 
-Commands: {"do": "backup", "target", "speed"?, "cbw_timeout"?, "how"?}, {"do": "snapshot", "scratch",
-"cbw_timeout"?}, {"do": "bitmap", "call", "with", "how"},
-{"do": "speed", "speed"} and {"do": "cancel"} (of all jobs), {"do": "read"}, {"do": "resize", "size"}, {"do": "wait"},
-{"do": "results"}, {"do": "drop"}, {"do": "close"}, and with several images {"do": "group", "targets"}: the others then
-are about all of them.  Each is answered by {"ok": …} or {"error": type, "message": …}.  It may be killed at any moment.
-Its drained sections last for OWNER_DRAIN_LIMIT_S (environment) at most, 2 s if that is not set.
+Commands: {"do": "backup", "target", "speed"?, "cbw_timeout"?, "how"?}, {"do": "snapshot", "scratch", "cbw_timeout"?},
+{"do": "bitmap", "call", "with", "how"}, {"do": "speed", "speed"} and {"do": "cancel"} (of all jobs), {"do": "read"},
+{"do": "resize", "size"}, {"do": "wait"}, {"do": "results"}, {"do": "drop"}, {"do": "close"}, and with several images
+{"do": "group", "targets"}: the others then are about all of them.  Each is answered by {"ok": …} or {"error": type,
+"message": …}.  It may be killed at any moment.  Its drained sections last for OWNER_DRAIN_LIMIT_S (environment) at
+most, 2 s if that is not set; OWNER_STATE_DIR is its state directory.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ class Owner:
 def main(images: list[str]) -> None:
     with ExitStack() as stack:
         limit = float(os.environ.get("OWNER_DRAIN_LIMIT_S", "2"))
-        coordinators = [stack.enter_context(Coordinator(image, workers=2, drain_limit=limit)) for image in images]
+        how: dict[str, Any] = {"workers": 2, "drain_limit": limit, "state_dir": os.environ.get("OWNER_STATE_DIR")}
+        coordinators = [stack.enter_context(Coordinator(image, **how)) for image in images]
         targets = [job.target for coordinator in coordinators for job in coordinator.jobs]
         print(json.dumps({"ok": targets}), flush=True)
         for line in sys.stdin:

@@ -45,7 +45,7 @@ POINTS = [
 STEPS = [(point, skip) for point in POINTS for skip in ((0, 1, 2) if point.startswith("journal") else (0,))]
 ROUNDS = [(point, skip, in_place) for point, skip in STEPS for in_place in (False, True)]
 if os.environ.get("SHMCBW_MATRIX") != "all":
-    ROUNDS = sorted(random.Random(SEED).sample(ROUNDS, 9))
+    ROUNDS = sorted(random.Random(SEED).sample(ROUNDS, 6))
 
 
 class Service:
@@ -171,10 +171,16 @@ def is_finished(service: Service, target: Path, changed: set[int]) -> bool:
     return False
 
 
-@pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("point", ["increment.sealed", "journal.renamed", "coordinator.freed"])
+#: Journal: the first one is the file of a set, the second the journal itself.
+RESTS = [("increment.sealed", 0), ("journal.renamed", 0), ("journal.renamed", 1), ("coordinator.freed", 0)]
+REST_ROUNDS = [(point, skip, in_place) for point, skip in RESTS for in_place in (False, True)]
+if os.environ.get("SHMCBW_MATRIX") != "all":
+    REST_ROUNDS = sorted(random.Random(SEED).sample(REST_ROUNDS, 4))
+
+
+@pytest.mark.parametrize(("point", "skip", "in_place"), REST_ROUNDS)
 def test_a_kill_while_a_cancelled_job_keeps_its_rest_loses_no_change(
-    service: Service, image: Path, tmp_path: Path, point: str, in_place: bool
+    service: Service, image: Path, tmp_path: Path, point: str, skip: int, in_place: bool
 ) -> None:
     """Bitmap-mode always: the bitmap may forget what was copied only when that is safe."""
     directory = tmp_path / "backups"
@@ -189,7 +195,7 @@ def test_a_kill_while_a_cancelled_job_keeps_its_rest_loses_no_change(
         service.ask(do="backup", target=str(target), how={**always, "in_place": in_place, "speed": 1})
         # Copied for the writer, so it counts as copied, and as written since.
         disk.pwrite(b"since", 5 * CLUSTER)
-        service.arm(point, "kill*1")
+        service.arm(point, f"kill@{skip}*1")
         answer = service.owner.ask(do="cancel")
         if answer is None:
             goes_on = str(target) in service.restart()
