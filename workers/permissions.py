@@ -29,7 +29,6 @@ import errno
 import fcntl
 import logging
 import os
-import resource
 import struct
 import time
 import weakref
@@ -49,9 +48,6 @@ UNSHARED = (WRITE, RESIZE)
 MARK = 300
 
 LOCKING = ("auto", "on", "off")
-#: Ours is above any descriptor that a worker opens: a dying process closes in ascending order, so whoever sees a
-#: worker's byte of the control segment locked knows that the image was locked until then.
-DESCRIPTOR_MIN = 100
 CONFLICT_S = 1.0
 _LOOK_S = 0.02
 #: What file systems answer that have no such locks.
@@ -84,12 +80,7 @@ class ImageLock:
         if self._locking == "off" or self.held:
             return
         # The same file whatever became of its name; an open file of its own, so closing others drops nothing.
-        fd = os.open(f"/proc/self/fd/{self._image.fd}", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            least = min(DESCRIPTOR_MIN, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
-            self.fd = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, least)
-        finally:
-            close_descriptor(fd)
+        self.fd = os.open(f"/proc/self/fd/{self._image.fd}", os.O_RDONLY | os.O_CLOEXEC)
         try:
             for byte in (*(DOES + bit for bit in OURS), *(BEARS_NOT + bit for bit in UNSHARED)):
                 self._set(byte, fcntl.F_RDLCK)
