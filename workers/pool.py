@@ -114,6 +114,7 @@ class Pool:
 
     def supervise(self) -> None:
         """Reap the dead, return their claims, wake who waited for them, and start others in their place."""
+        self._reap_strangers()
         if len(self._processes) < self._count:
             # Their start failed after a resize: tried again.
             for worker_id in self._free_ids()[: self._count - len(self._processes)]:
@@ -130,6 +131,21 @@ class Pool:
             self._segment.count_header(Header.workers_replaced)
             wake_all(self._segment)
             self.wake()
+
+    def _reap_strangers(self) -> None:
+        """Workers of a dead coordinator may die after we took over, with clusters claimed; nobody takes their place."""
+        segment = self._segment
+        for worker_id in range(1, segment.geometry.worker_count + 1):
+            # A worker has its pid there before it claims, and takes it away before it gives up its lock.
+            if (
+                worker_id not in self._processes
+                and segment.worker(worker_id, Worker.pid)
+                and not segment.locked(worker_byte(worker_id))
+            ):
+                log.warning("copy worker %d of an earlier coordinator died", worker_id)
+                self._return_claims(worker_id)
+                wake_all(segment)
+                self.wake()
 
     def return_dead_claims(self) -> None:
         """For an adopting coordinator: clear every id that nobody holds."""

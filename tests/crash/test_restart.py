@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +12,14 @@ import psutil
 import pytest
 
 import shmcbw
+from shmcbw.bitmap import Bitmap
 from shmcbw.image import Identity
+from shmcbw.invariants import check
 from shmcbw.segment import SHM, segment_name
 from shmcbw.workers import Coordinator
 from tests.conftest import wait_for
 from tests.owner import Owner
+from tests.processes import stop_all
 
 SIZE = 4 << 20
 GRACE_S = 5.0
@@ -114,3 +118,34 @@ def test_orphans_of_a_coordinator_that_died_before_its_cut_leave(image: Path, tm
     with Coordinator(image, workers=1) as coordinator:
         assert coordinator.jobs == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk.img"]
+
+
+def test_a_dead_coordinators_worker_that_dies_after_the_adoption_gives_its_claims_back(
+    image: Path, tmp_path: Path
+) -> None:
+    """It was stopped with clusters claimed, so it could neither leave nor be told from one that copies."""
+    expected = image.read_bytes()
+    owner = Owner(image)
+    try:
+        assert owner.answer() is not None
+        owner.ask(do="snapshot", scratch=str(tmp_path / "scratch"))
+        orphans = workers_of(image)
+        stop_all(orphans)
+        owner.end()
+        with Coordinator(image, workers=1) as coordinator, shmcbw.open(image) as disk:
+            (entry,) = coordinator.status()["snapshots"]
+            (stranger, *_) = [w for w in coordinator.status()["workers"] if w["pid"] in orphans]
+            bitmap = Bitmap.attach(coordinator._segment, entry["serial"])
+            bitmap.memory[3:6] = bytes([stranger["id"]]) * 3
+            for pid in orphans:
+                os.kill(pid, signal.SIGKILL)
+            started = time.monotonic()
+            disk.pwrite(b"x" * 65_536, 4 * 65_536)
+            assert time.monotonic() - started < 15, "served long before cbw_timeout"
+            assert [bitmap.state(cluster) for cluster in (3, 5)] == [0, 0]
+            bitmap.close()
+            wait_for(lambda: check(coordinator._segment) == [], "the dead are reaped")
+            (snapshot,) = coordinator.snapshots
+            assert snapshot.pread(len(expected), 0) == expected
+    finally:
+        owner.end()
