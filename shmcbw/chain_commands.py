@@ -10,14 +10,17 @@ import dataclasses
 import datetime
 import errno
 import json
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
 from .errors import BitmapError, CoordinatorRunningError, NoCoordinatorError, VerificationError
+from .layout import Header
 from .sizes import format_size, parse_size
 
 if TYPE_CHECKING:
     from .workers import Coordinator
+    from .workers.qmp.client import Client
 
 VERBS = ("list", "add", "remove", "clear", "enable", "disable", "merge")
 LIVE = (
@@ -194,34 +197,70 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _bitmap(options: argparse.Namespace) -> int:
-    from .image import ImageFile
-    from .segment import attach
-    from .workers import Coordinator
-
     if (options.name is None) != (options.verb == "list") or bool(options.sources) != (options.verb == "merge"):
         print(f"shmcbw bitmap: {options.verb} takes other arguments", file=sys.stderr)
         return 2
-    if options.state_dir is None:
-        image = ImageFile.open(options.image, writable=False)
-        try:
-            attach(image).close()
-        except NoCoordinatorError:
-            what = f"{options.image}: no coordinator serves this image; {LIVE}"
-            raise NoCoordinatorError(errno.ENOENT, what) from None
-        finally:
-            image.close()
-    try:
-        with Coordinator(options.image, state_dir=options.state_dir) as coordinator:
-            found = _apply(coordinator, options)
-    except CoordinatorRunningError as error:
-        raise CoordinatorRunningError(
-            error.errno, f"{error.strerror}: change its bitmaps through that one (over QMP, if it is a daemon)"
-        ) from None
+    found = _through_owner(options)
     if options.json:
         print(json.dumps({"bitmaps": found}))
     else:
         print("\n".join(map(_bitmap_text, found)) or f"{options.image} has no bitmaps")
     return 0
+
+
+def _through_owner(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Do it where the bitmaps are: in the daemon that serves the image, or, if nobody does, as its coordinator for a
+    moment; the bitmaps that the image has afterwards."""
+    from .image import ImageFile
+    from .segment import COORDINATOR, attach
+    from .workers import Coordinator
+    from .workers.qmp.client import connect_to_owner
+
+    image = ImageFile.open(options.image, writable=False)
+    try:
+        segment = attach(image)
+    except NoCoordinatorError:
+        if options.state_dir is None:
+            what = f"{options.image}: no coordinator serves this image; {LIVE}"
+            raise NoCoordinatorError(errno.ENOENT, what) from None
+    else:
+        try:
+            client = connect_to_owner(segment)
+            if client is not None:
+                with client:
+                    return _over_qmp(client, options)
+            if segment.locked(COORDINATOR):
+                pid = segment.header(Header.coordinator_pid)
+                what = (
+                    f"{options.image} is served by pid {pid}, which is no daemon: its bitmaps can be changed only there"
+                )
+                raise CoordinatorRunningError(errno.EBUSY, what)
+        finally:
+            segment.close()
+    finally:
+        image.close()
+    with Coordinator(options.image, state_dir=options.state_dir) as coordinator:
+        return _apply(coordinator, options)
+
+
+def _over_qmp(client: Client, options: argparse.Namespace) -> list[dict[str, Any]]:
+    path = os.path.realpath(options.image)
+    nodes = client.execute("query-named-block-nodes")
+    node = next((each["node-name"] for each in nodes if os.path.realpath(each.get("file", "")) == path), None)
+    if node is None:
+        raise NoCoordinatorError(errno.ENOENT, f"{options.image} is no node of its daemon any more")
+    command = f"block-dirty-bitmap-{options.verb}"
+    if options.verb == "add":
+        given = {"granularity": options.granularity, "persistent": options.persistent, "disabled": options.disabled}
+        wanted = {name: value for name, value in given.items() if value}
+        client.execute(command, node=node, name=options.name, **wanted)
+    elif options.verb == "merge":
+        client.execute(command, node=node, target=options.name, bitmaps=options.sources)
+    elif options.verb != "list":
+        client.execute(command, node=node, name=options.name)
+    nodes = client.execute("query-named-block-nodes")
+    found: list[dict[str, Any]] = next(each for each in nodes if each["node-name"] == node).get("dirty-bitmaps", [])
+    return found
 
 
 def _apply(coordinator: Coordinator, options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 import shmcbw
+from shmcbw.cli import main
 from tests.monitor import Connection, Monitored
 
 MakeImage = Callable[..., Path]
@@ -83,3 +85,29 @@ def test_persistent_bitmaps_need_a_state_directory_and_outlive_the_daemon(
         daemon.stop()
         daemon.start()
         assert {name: each["count"] for name, each in bitmaps(daemon.connect()).items()} == {"kept": CLUSTER}
+
+
+def test_the_command_line_changes_the_bitmaps_of_the_daemon_that_serves_the_image(
+    served: tuple[Monitored, Connection, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, client, image = served
+
+    def bitmap(verb: str, *arguments: str) -> list[dict[str, Any]]:
+        capsys.readouterr()
+        assert main(["bitmap", "--json", verb, str(image), *arguments]) == 0
+        found: list[dict[str, Any]] = json.loads(capsys.readouterr().out)["bitmaps"]
+        return found
+
+    bitmap("add", "b", "--granularity", "4K")
+    with shmcbw.open(image) as disk:
+        disk.pwrite(b"x", 0)
+    bitmap("add", "copy", "--disabled")
+    assert {each["name"]: each["count"] for each in bitmap("merge", "copy", "b")} == {"b": CLUSTER, "copy": CLUSTER}
+    bitmap("clear", "b")
+    bitmap("disable", "b")
+    assert bitmaps(client)["b"] == {
+        "count": 0, "granularity": 4096, "recording": False, "busy": False, "persistent": False
+    }  # fmt: skip
+    assert [each["name"] for each in bitmap("remove", "copy")] == ["b"]
+    assert main(["bitmap", "remove", str(image), "copy"]) != 0
+    assert "Dirty bitmap 'copy' not found" in capsys.readouterr().err
