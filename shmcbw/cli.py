@@ -277,12 +277,15 @@ def _run_backup(options: argparse.Namespace, pairs: Sequence[tuple[str, str]]) -
             )
             for image in dict.fromkeys(image for image, _ in pairs)
         }
+        lost = [job for each in coordinators.values() for job in each.jobs if job.error is not None]
         jobs = _adopted_or_new(coordinators, options, pairs, quiesce)
         for job in jobs:
             _follow(job, options)
         for coordinator in coordinators.values():
             for other in coordinator.jobs:
-                other.wait()
+                # One that had failed before we began has been told of.
+                if other not in lost:
+                    other.wait()
         statuses = [coordinator.status() for coordinator in coordinators.values()]
     if len(jobs) < len(pairs):
         missing = [target for _, target in pairs if os.path.realpath(target) not in {job.target for job in jobs}]
@@ -318,6 +321,8 @@ def _adopted_or_new(
     unfinished: dict[str, Job] = {}
     for coordinator in coordinators.values():
         for adopted in coordinator.jobs:
+            if adopted.error is not None:
+                continue
             cut = datetime.datetime.fromtimestamp(adopted.cut_time_ns / 1e9).astimezone().isoformat(" ", "seconds")
             print(
                 f"shmcbw backup: an unfinished backup to {adopted.target} goes on, with its cut of {cut}",

@@ -697,7 +697,9 @@ def _send_workers_away(fd: int, name: str) -> None:
         ours = _core.load_u64(header, 0) == MAGIC and _core.load_u32(header, Header.version.offset) == VERSION
         if not ours or _locked(fd, COORDINATOR):
             return
-        _core.add_u32(header, Header.pool_generation.offset, 1)
+        # Beyond all that were given out: also workers of a coordinator that died over its start leave.
+        last = _core.load_u32(header, Header.last_generation.offset)
+        _core.store_u32(header, Header.pool_generation.offset, (last + 1) & 0xFFFFFFFF)
     try:
         pool = _core.Semaphore(f"{name}.pool")
         for _ in range(WORKER_ID_MAX):
@@ -706,8 +708,10 @@ def _send_workers_away(fd: int, name: str) -> None:
         pass
 
 
-def sweep() -> list[str]:
+def sweep(before: Callable[[Segment], None] | None = None) -> list[str]:
     """Remove segments of our own that nobody holds and nobody can need: the names of those.
+
+    before: called with each, while it still has its name.
 
     Nobody holds it: all its locks are free.  Nobody can need it: it has no snapshot and no journal that a coordinator
     could go on with, or its image is not there any more.
@@ -725,6 +729,8 @@ def sweep() -> list[str]:
             if os.fstat(segment.fd).st_uid == os.geteuid() and _try_lock_all(segment.fd) and _unneeded(segment):
                 # All locks are ours: a writer that wants a slot now gets none, and then finds the name gone.
                 segment.set_header(Header.retired, 1)
+                if before is not None:
+                    before(segment)
                 unlink_all(segment.identity)
                 removed.append(segment.name)
         finally:

@@ -32,6 +32,7 @@ from shmcbw.epochs import abandon, epoch
 from shmcbw.errors import (
     ClosedError,
     CoordinatorRunningError,
+    JobFailedError,
     LayoutVersionError,
     NoCoordinatorError,
     NoFreeSnapshotError,
@@ -74,6 +75,7 @@ from .pool import Pool, absolute
 from .resize import check_size, resize, settle
 from .saved import SavedBitmaps
 from .targets import PARTIAL_SUFFIX, TargetFile, remove_unheld, resolve
+from .unfinished import Lost, Unfinished, find_unfinished, give_up, unfinished_in
 
 log = logging.getLogger("shmcbw")
 
@@ -177,6 +179,7 @@ class Coordinator:
         self._closed = False
         self._slots_looked_s = 0.0
         self._complaints: dict[str, str] = {}
+        self._lost: list[Lost] = []
         self._unadopted: list[tuple[int, TargetFile, Cut, OSError | ShmcbwError]] = []
         self._pid = os.getpid()
         with naming(self.path, "can't be served"):
@@ -197,8 +200,7 @@ class Coordinator:
         self._saved = SavedBitmaps(state_dir, self._image, self.path) if state_dir is not None else None
         self._loaded: dict[str, DirtyBitmap] = {}
         try:
-            for name in sweep():
-                log.info("removed %s, which nobody used any more", name)
+            self._sweep()
             geometry = Geometry(
                 self._image.size_bytes,
                 cluster_size or CLUSTER_SIZE_DEFAULT,
@@ -206,7 +208,14 @@ class Coordinator:
                 max(workers, WORKER_COUNT_MIN),
             )
             self._segment, adopted = _own_segment(
-                self._image, self._image_lock, self._take_image, geometry, self._access, cluster_size, slots
+                self._image,
+                self._image_lock,
+                self._take_image,
+                geometry,
+                self._access,
+                cluster_size,
+                slots,
+                self._lost,
             )
         except BaseException:
             self._image_lock.close()
@@ -242,6 +251,8 @@ class Coordinator:
             # Not before: what a start that is refused can't take over, the next one perhaps can.
             for unadopted in self._unadopted:
                 self._fail_adoption(*unadopted)
+            for lost in self._lost:
+                self._add_lost(lost)
             self._supervisor = threading.Thread(target=self._supervise, name="shmcbw-supervisor", daemon=True)
             self._supervisor.start()
             # A program that ends without closing leaves no workers and no segment behind.
@@ -256,6 +267,21 @@ class Coordinator:
         if self._saved is not None:
             self._loaded = self._saved.load()
             self._saved.mark(None, self._loaded)
+
+    def _sweep(self) -> None:
+        """Remove segments that nobody can need any more, and tell of the backups that end with them."""
+        found: list[tuple[str, list[Unfinished]]] = []
+
+        def note(segment: Segment) -> None:
+            path = segment.text(Header.image_path.offset, Header.image_path)
+            found.append((path, unfinished_in(segment.memory)))
+
+        for name in sweep(note):
+            log.info("removed %s, which nobody used any more", name)
+        for path, unfinished in found:
+            lost = give_up(unfinished, f"its image {path} was deleted or replaced")
+            if path == os.path.abspath(self.path):
+                self._lost += lost
 
     def _give_up(self) -> None:
         """The start has failed: let go of everything, and leave what there was to adopt to the next coordinator."""
@@ -363,20 +389,30 @@ class Coordinator:
         log.error("the unfinished %s can't be taken over: %s", target.working_path, error)
         taken = state_of(segment, index) in (states.ACTIVE, states.BROKEN, states.COMPLETE)
         if taken and segment.snapshot(index, Snapshot.job):
-            # Its bitmap may be what can't be read: nothing is known to be copied.
-            nothing = Bitmap(mmap.mmap(-1, segment.geometry.bitmap_size), segment.geometry.clusters, 0)
-            sync = segment.snapshot(index, Snapshot.sync)
-            job = self.add_job(Entry(index, 0, target, nothing, cut), _sync_name(sync))
-            job.freeze_progress(Progress(0, segment.geometry.image_size, 0, 0, 0, 0))
             number = error.errno if isinstance(error, OSError) else None
             message = f"the unfinished backup to {target.path} can't be taken over: {error}"
-            job.move(jobs.ABORTING, jobs.failure(number or errno.EIO, message))
-            job.move(jobs.CONCLUDED)
+            sync = _sync_name(segment.snapshot(index, Snapshot.sync))
+            self._add_failed_job(target, cut, sync, jobs.failure(number or errno.EIO, message))
         # Before the entry is free: afterwards nobody would know of an unfinished file.
         target.remove()
         remove_unheld(target.working_path, keep_target=True)
         self._free_entry(index, segment.snapshot(index, Snapshot.serial))
         self.bitmaps.release_all_but({str(entry.serial) for entry in self._entries.values()})
+
+    def _add_lost(self, lost: Lost) -> None:
+        backup = lost.backup
+        target = TargetFile(backup.target, backup.working_path, -1, backup.identity or Identity(0, 0), overwrite=False)
+        self._add_failed_job(target, Cut(backup.cut_time_ns, 0), "full", lost.error)
+
+    def _add_failed_job(self, target: TargetFile, cut: Cut, sync: str, error: JobFailedError) -> None:
+        """A dead coordinator's backup, which has no entry any more: where its user looks for it."""
+        geometry = self._segment.geometry
+        # Its bitmap may be what can't be read: nothing is known to be copied.
+        nothing = Bitmap(mmap.mmap(-1, geometry.bitmap_size), geometry.clusters, 0)
+        job = self.add_job(Entry(-1, 0, target, nothing, cut), sync)
+        job.freeze_progress(Progress(0, geometry.image_size, 0, 0, 0, 0))
+        job.move(jobs.ABORTING, error)
+        job.move(jobs.CONCLUDED)
 
     def _reach(self, step: str, protocol: str = "coordinator") -> None:
         hit(self._segment.failpoints, index_of(f"{protocol}.{step}"))
@@ -1016,8 +1052,12 @@ def _own_segment(
     access: Access,
     cluster_size: int | None,
     slots: int | None,
+    lost: list[Lost],
 ) -> tuple[Segment, bool]:
-    """Create the image's segment, or take over the one that a dead coordinator left: (segment, adopted)."""
+    """Create the image's segment, or take over the one that a dead coordinator left: (segment, adopted).
+
+    lost: gets the backups of one that can't be taken over.
+    """
     deadline = time.monotonic() + TAKE_OVER_S
     while True:
         try:
@@ -1033,7 +1073,9 @@ def _own_segment(
             continue
         except (StaleSegmentError, LayoutVersionError) as error:
             log.warning("%s: discarded if nobody uses it", error)
+            unfinished = find_unfinished(image.identity)
             discard_unused(image.identity, image.owner)
+            lost += give_up(unfinished, str(error))
             continue
         try:
             locked = segment.try_lock(COORDINATOR)

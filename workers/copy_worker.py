@@ -97,9 +97,9 @@ class CopyWorker:
     # -- the loop --------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Serve until the pool moves on to another generation, or nobody needs us any more."""
+        """Serve until the pool moves on to a later generation, or nobody needs us any more."""
         limit = max(1, WANTED_LIMIT_BYTES // self.cluster_size)
-        while not self.leaving and self.segment.header(Header.pool_generation) == self.generation:
+        while not self.leaving and not self._is_outdated():
             if self.copier.changed():
                 self._follow_table()
             wanted = self.copier.claim_wanted(limit, 0)
@@ -116,6 +116,11 @@ class CopyWorker:
             if wanted is not None:
                 self._serve(*wanted)
         self._set_state(AWAY)
+
+    def _is_outdated(self) -> bool:
+        """Whether the pool has moved on to a later generation; ours may not have become the pool's yet."""
+        ahead = (self.segment.header(Header.pool_generation) - self.generation) & 0xFFFFFFFF
+        return 0 < ahead < 1 << 31
 
     def _look(self, limit: int) -> tuple[int, int, int, int, int, int] | None:
         """Stay hot for a short while after the last request: waking costs more than the copy.

@@ -47,6 +47,7 @@ class Pool:
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._started_s: dict[int, float] = {}
         self._generation = 0
+        self._leads = False
 
     @property
     def pids(self) -> dict[int, int]:
@@ -54,16 +55,22 @@ class Pool:
         return {worker_id: process.pid for worker_id, process in self._processes.items()}
 
     def start(self) -> None:
-        """Raise the generation, so that workers of an earlier coordinator leave, and start ours on free ids.
+        """Start ours on free ids, then raise the generation, so that workers of an earlier coordinator leave.
 
-        Returns when all of them serve; PoolError if they don't within 20 s.
+        In this order, so that there is always somebody who serves writers, whoever dies meanwhile; only where there are
+        not ids enough for both do the old ones leave first.  Returns when all of ours serve; PoolError if they don't
+        within 20 s: then the old ones stay.
         """
-        self._raise_generation()
+        self._generation = self._next_generation()
         deadline = time.monotonic() + START_TIMEOUT_S
         while True:
-            for worker_id in self._free_ids()[: self._count - len(self._processes)]:
+            free = self._free_ids()
+            if len(self._processes) + len(free) < self._count and not self._leads:
+                self._lead()
+            for worker_id in free[: self._count - len(self._processes)]:
                 self._spawn(worker_id)
             if len(self._processes) == self._count and all(map(self._serves, self._processes)):
+                self._lead()
                 return
             dead = {i: process.returncode for i, process in self._processes.items() if process.poll() is not None}
             killed = [worker_id for worker_id, status in dead.items() if status < 0]
@@ -76,11 +83,23 @@ class Pool:
                 del self._processes[worker_id]
             self._segment.semaphore("c").wait(10_000_000)
 
-    def _raise_generation(self) -> None:
-        self._generation = (self._segment.header(Header.pool_generation) + 1) & 0xFFFFFFFF
-        self._segment.set_header(Header.pool_generation, self._generation)
+    def _next_generation(self) -> int:
+        """A number that no worker of this image has had, also none of a coordinator that died over its start."""
+        segment = self._segment
+        number = (segment.header(Header.last_generation) + 1) & 0xFFFFFFFF
+        segment.set_header(Header.last_generation, number)
+        return number
+
+    def _lead(self) -> None:
+        """Our generation is the pool's from here on: workers of older ones leave."""
+        self._leads = True
+        self._raise_generation(self._generation)
+
+    def _raise_generation(self, number: int) -> None:
+        self._segment.set_header(Header.pool_generation, number)
         hit(self._segment.failpoints, _GENERATION)
-        self.wake()
+        # Ours take posts that were meant for those that are to leave.
+        self.wake(range(self._segment.geometry.worker_count))
 
     def _free_ids(self) -> list[int]:
         ids = range(1, self._segment.geometry.worker_count + 1)
@@ -237,8 +256,16 @@ class Pool:
             log.warning("the copy workers can't be woken: %s", error)
 
     def stop(self) -> None:
-        """End the workers: they leave by themselves when the generation moves on; who does not is killed."""
-        self._raise_generation()
+        """End the workers: they leave by themselves when the generation moves on; who does not is killed.
+
+        Before ours is the pool's generation, only ours end: whoever serves now goes on.
+        """
+        if self._leads:
+            self._raise_generation(self._next_generation())
+            self._leads = False
+        else:
+            for process in self._processes.values():
+                process.kill()
         deadline = time.monotonic() + STOP_TIMEOUT_S
         for process in self._processes.values():
             while process.poll() is None and time.monotonic() < deadline:

@@ -496,5 +496,7 @@ def _remove_abandoned(working: str, final: str, image: ImageFile) -> None:
         except BlockingIOError:
             raise TargetRefusedError(errno.EBUSY, f"target {final}: another backup is writing {working}") from None
         os.unlink(working)
+        # After a reboot this file is all that is left of a backup.
+        log.warning("target %s: removed %s, which an earlier backup has left unfinished", final, working)
     finally:
         close_descriptor(fd)

@@ -28,8 +28,9 @@ from shmcbw.segment import SHM, segment_name
 from shmcbw.workers import Coordinator
 from tests.conftest import wait_for
 from tests.crash import doing, wave
-from tests.crash.world import PATIENCE_S, attached, status_of
+from tests.crash.world import PATIENCE_S, attached
 from tests.owner import Owner
+from tests.processes import state
 
 SIZE = 65_536
 
@@ -137,7 +138,7 @@ def test_a_stopped_process_goes_on_when_it_is_continued(image: Path, what: str) 
     with doer(what, image, "stop@1*1", by_environment=False) as doing:
         assert doing.once() == "ok"
         doing.go()
-        wait_for(lambda: "T" in map(status_of, doing.whose()), "it is stopped")
+        wait_for(lambda: "T" in map(state, doing.whose()), "it is stopped")
         for pid in doing.whose():
             os.kill(pid, signal.SIGCONT)
         assert doing.hear() == "ok"
@@ -193,7 +194,7 @@ def test_of_a_coordinator_that_stands_still_while_it_makes_its_segment_and_anoth
     owner = Owner(image, SHMCBW_FAILPOINTS=f"{point}=stop")
     served = False
     try:
-        wait_for(lambda: status_of(owner.pid) == "T", "it stands still", PATIENCE_S)
+        wait_for(lambda: state(owner.pid) == "T", "it stands still", PATIENCE_S)
         try:
             with Coordinator(image, workers=1), shmcbw.open(image) as disk:
                 served = True
@@ -228,7 +229,7 @@ def test_a_coordinator_that_closes_may_die_or_stand_still_while_it_removes_its_s
         if action == "kill":
             assert owner.process.wait(PATIENCE_S) == -signal.SIGKILL
         else:
-            wait_for(lambda: status_of(owner.pid) == "T", "it stands still", PATIENCE_S)
+            wait_for(lambda: state(owner.pid) == "T", "it stands still", PATIENCE_S)
             with pytest.raises(CoordinatorRunningError):
                 Coordinator(image)
             os.kill(owner.pid, signal.SIGCONT)
@@ -254,7 +255,7 @@ def test_the_last_writer_may_die_or_stand_still_while_it_removes_the_segment(
     if action == "kill":
         assert last.process.wait(PATIENCE_S) == -signal.SIGKILL
     else:
-        wait_for(lambda: status_of(last.process.pid) == "T", "it stands still", PATIENCE_S)
+        wait_for(lambda: state(last.process.pid) == "T", "it stands still", PATIENCE_S)
         os.kill(last.process.pid, signal.SIGCONT)
         assert last.process.wait(PATIENCE_S) == 0
         assert names_of(image) == []

@@ -28,7 +28,7 @@ from tests.crash.scenarios import (
     digest,
     judge_reader,
 )
-from tests.crash.world import PATIENCE_S, STOP_S, WORKER, World
+from tests.crash.world import PATIENCE_S, SIZE, STOP_S, WORKER, World
 
 SEED = int(os.environ.get("SHMCBW_SEED", "0")) or random.SystemRandom().randrange(1, 2**31)
 PART = 40
@@ -62,7 +62,7 @@ def get_world(worlds: dict[str, World], factory: pytest.TempPathFactory) -> Worl
     if "world" not in worlds:
         directory = factory.mktemp("matrix")
         image = directory / "disk.img"
-        image.write_bytes(random.Random(SEED).randbytes(4 << 20))
+        image.write_bytes(random.Random(SEED).randbytes(SIZE))
         worlds["world"] = World(image, directory)
     return worlds["world"]
 

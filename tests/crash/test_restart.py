@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 import shmcbw
 from shmcbw.bitmap import Bitmap
+from shmcbw.epochs import epoch
+from shmcbw.failpoints import POINTS
 from shmcbw.image import Identity
 from shmcbw.invariants import check
+from shmcbw.layout import Header, Word
 from shmcbw.segment import SHM, segment_name
 from shmcbw.workers import Coordinator
 from tests.conftest import wait_for
-from tests.owner import Owner
+from tests.owner import ROOT, Owner
 from tests.processes import stop_all
 
 SIZE = 4 << 20
@@ -48,7 +55,7 @@ def segment_file(image: Path) -> Path:
     return Path(SHM) / segment_name(Identity.of(os.stat(image)))[1:]
 
 
-def kill_owner(image: Path, *commands: dict[str, str]) -> list[int]:
+def kill_owner(image: Path, *commands: dict[str, Any]) -> list[int]:
     """Have a coordinator do these and kill it; its orphans."""
     owner = Owner(image)
     try:
@@ -149,3 +156,233 @@ def test_a_dead_coordinators_worker_that_dies_after_the_adoption_gives_its_claim
             assert snapshot.pread(len(expected), 0) == expected
     finally:
         owner.end()
+
+
+# -- where it died -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("point", ["coordinator.odd", "coordinator.quiet", "coordinator.published"])
+def test_a_writer_at_the_gate_of_a_dead_coordinator_gets_out_by_itself(image: Path, tmp_path: Path, point: str) -> None:
+    """No coordinator returns: the epoch is odd when it dies.  Its limit (2 s) is not waited for, its lock tells."""
+    owner = Owner(image, SHMCBW_FAILPOINTS=f"{point}=kill")
+    try:
+        assert owner.answer() is not None
+        with shmcbw.open(image) as disk:
+            disk.pwrite(b"before", 0)
+            assert owner.ask(do="backup", target=str(tmp_path / "out"), speed=1) is None
+            segment = disk._attached()
+            assert epoch(segment) % 2 == 1
+            started = time.monotonic()
+            disk.pwrite(b"later!", 0)
+            assert time.monotonic() - started < 1.5, "well before the limit of the drained section"
+            assert epoch(segment) % 2 == 0
+    finally:
+        owner.end()
+    with Coordinator(image, workers=1) as coordinator:
+        jobs = coordinator.jobs
+        assert len(jobs) == (point == "coordinator.published"), "the cut was taken, or it never will be"
+        for job in jobs:
+            job.set_speed(0)
+            job.wait(20)
+            assert (tmp_path / "out").read_bytes()[:6] == b"before"
+    assert not list(tmp_path.glob("*.shmcbw-*"))
+
+
+@pytest.mark.parametrize("point", ["coordinator.complete", "coordinator.synced", "coordinator.named"])
+def test_a_job_whose_coordinator_dies_while_it_finishes_it_is_finished_by_the_next(
+    image: Path, tmp_path: Path, point: str
+) -> None:
+    owner = Owner(image, SHMCBW_FAILPOINTS=f"{point}=kill")
+    try:
+        assert owner.answer() is not None
+        owner.ask(do="backup", target=str(tmp_path / "out"))
+        assert owner.process.wait(20) == -signal.SIGKILL
+    finally:
+        owner.end()
+    with Coordinator(image, workers=1) as coordinator:
+        for job in coordinator.jobs:
+            job.wait(20)
+            assert job.error is None
+        assert coordinator.status()["snapshots"] == []
+    assert (tmp_path / "out").read_bytes() == image.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk.img", "out"]
+
+
+ADOPTION = [point.name for point in POINTS if point.protocol == "adoption"]
+
+
+def test_coordinators_that_die_one_after_the_other_while_they_adopt_leave_all_to_the_next(
+    image: Path, tmp_path: Path
+) -> None:
+    """One killed in the middle of a backup, then one at each step of adopting it, then one that adopts."""
+    expected = image.read_bytes()
+    owner = Owner(image)
+    try:
+        assert owner.answer() is not None
+        with shmcbw.open(image) as disk:
+            owner.ask(do="backup", target=str(tmp_path / "out"), speed=1)
+            disk.pwrite(b"x" * 100_000, 0)
+            owner.end()
+            for number, point in enumerate(ADOPTION, 1):
+                adopter = Owner(image, SHMCBW_FAILPOINTS=f"{point}=kill")
+                try:
+                    assert adopter.answer() is None, point
+                finally:
+                    adopter.end()
+                # Writers go on meanwhile, served by the orphans or by whoever was started.
+                disk.pwrite(b"y" * 1000, number * 131_072)
+            assert disk.statistics()["wait_max_ns"] < 10e9
+            with Coordinator(image, workers=1) as coordinator:
+                (job,) = coordinator.jobs
+                job.set_speed(0)
+                job.wait(20)
+    finally:
+        owner.end()
+    assert (tmp_path / "out").read_bytes() == expected
+
+
+# -- what can't go on --------------------------------------------------------------------------------------------------
+
+
+def overwrite_header(image: Path, word: Word, value: bytes) -> None:
+    with segment_file(image).open("r+b") as file:
+        file.seek(word.offset)
+        file.write(value)
+
+
+def discard_by(image: Path, rule: str) -> str:
+    """Make a dead coordinator's segment one that can't be adopted; a word of the reason that must be told."""
+    if rule == "resized":
+        os.truncate(image, 2 * SIZE)
+        return f"{SIZE} bytes"
+    if rule == "rebooted":
+        overwrite_header(image, Header.boot_id, bytes(16))
+        return "last boot"
+    if rule == "replaced":
+        overwrite_header(image, Header.image_birth_ns, (1).to_bytes(8, "little"))
+        return "inode number"
+    overwrite_header(image, Header.version, (99).to_bytes(4, "little"))
+    return "layout version 99"
+
+
+RULES = pytest.mark.parametrize("rule", ["resized", "rebooted", "replaced", "relaid"])
+
+
+@RULES
+def test_a_backup_that_can_not_go_on_is_reported_as_failed_and_is_in_nobodys_way(
+    image: Path, tmp_path: Path, rule: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    target = tmp_path / "out"
+    if rule == "relaid":
+        # Workers of another layout can't be told to leave: they leave by themselves.
+        wait_gone(kill_owner(image, {"do": "backup", "target": str(target)}))
+    else:
+        kill_owner(image, {"do": "backup", "target": str(target), "speed": 1})
+    reason = discard_by(image, rule)
+    with Coordinator(image, workers=1) as coordinator, caplog.at_level(logging.WARNING, "shmcbw"):
+        (job,) = coordinator.jobs
+        assert (job.status, job.target) == ("concluded", str(target))
+        assert isinstance(job.error, shmcbw.JobFailedError)
+        for words in (str(target), reason):
+            assert words in str(job.error)
+        with pytest.raises(shmcbw.JobFailedError):
+            job.wait(0)
+        job.cancel()
+        job.set_speed(7)
+        (told,) = coordinator.status()["jobs"]
+        assert (told["status"], told["target"]) == ("concluded", str(target))
+        assert reason in told["error"]
+        if rule != "relaid":
+            assert not list(tmp_path.glob("*.shmcbw-*")), "nothing is left of it"
+        coordinator.backup(target).wait(20)
+        assert len(coordinator.jobs) == 2
+    assert target.read_bytes() == image.read_bytes()
+    assert any(record.levelno == logging.ERROR and reason in record.getMessage() for record in caplog.records)
+    assert not list(tmp_path.glob("*.shmcbw-*"))
+
+
+def test_scratch_of_a_snapshot_that_can_not_go_on_is_removed(image: Path, tmp_path: Path) -> None:
+    kill_owner(image, {"do": "snapshot", "scratch": str(tmp_path / "scratch")})
+    discard_by(image, "rebooted")
+    with Coordinator(image, workers=1) as coordinator:
+        assert coordinator.jobs == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk.img"]
+
+
+def test_a_backup_that_had_its_name_already_is_no_failure(image: Path, tmp_path: Path) -> None:
+    expected = image.read_bytes()
+    kill_owner_at_the_end(image, tmp_path / "out")
+    discard_by(image, "resized")
+    with Coordinator(image, workers=1) as coordinator:
+        assert coordinator.jobs == []
+    assert (tmp_path / "out").read_bytes() == expected
+
+
+def kill_owner_at_the_end(image: Path, target: Path) -> None:
+    owner = Owner(image, SHMCBW_FAILPOINTS="coordinator.named=kill")
+    try:
+        assert owner.answer() is not None
+        owner.ask(do="backup", target=str(target))
+        assert owner.process.wait(20) == -signal.SIGKILL
+    finally:
+        owner.end()
+
+
+def test_a_backup_whose_target_has_gone_is_reported_as_failed(image: Path, tmp_path: Path) -> None:
+    kill_owner(image, {"do": "backup", "target": str(tmp_path / "out"), "speed": 1})
+    (tmp_path / "out.shmcbw-partial").unlink()
+    with Coordinator(image, workers=1) as coordinator:
+        (job,) = coordinator.jobs
+        assert isinstance(job.error, shmcbw.JobFailedError)
+        assert coordinator.status()["snapshots"] == []
+
+
+SWEEP = """
+import logging, os, sys
+from pathlib import Path
+from shmcbw.workers import Coordinator
+from tests.crash.test_restart import kill_owner, wait_gone
+image, other, target = map(Path, sys.argv[1:])
+orphans = kill_owner(image, {"do": "backup", "target": str(target), "speed": 1})
+image.unlink()
+wait_gone(orphans)
+logging.basicConfig(stream=sys.stdout)
+Coordinator(other, workers=1).close()
+print(os.listdir("/dev/shm"))
+"""
+
+
+def test_a_backup_of_a_deleted_image_is_told_by_whoever_sweeps(make_image: Callable[..., Path], tmp_path: Path) -> None:
+    """With a /dev/shm of its own: any coordinator on the machine may be the one."""
+    if os.geteuid() != 0:
+        assert not os.environ.get("CI"), "CI must run as root"
+        pytest.skip("a /dev/shm of its own needs root")
+    images = make_image(SIZE), make_image(SIZE, "other.img")
+    script = 'mount -t tmpfs none /dev/shm && exec "$0" -c "$SWEEP" "$@"'
+    command = ["unshare", "-m", "sh", "-c", script, sys.executable, *map(str, images), str(tmp_path / "out")]
+    environment = {**os.environ, "SWEEP": SWEEP}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.stdout.endswith("[]\n"), done.stderr
+    assert f"ERROR:shmcbw:the unfinished backup to {tmp_path / 'out'} has failed: its image {images[0]}" in done.stdout
+    assert not list(tmp_path.glob("*.shmcbw-*"))
+
+
+def test_what_a_reboot_left_beside_a_target_is_told_and_removed_by_the_next_backup_to_it(
+    image: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After a real reboot there is no segment any more, only the file."""
+    (tmp_path / "out.shmcbw-partial").write_bytes(b"rest")
+    with Coordinator(image, workers=1) as coordinator, caplog.at_level(logging.WARNING, "shmcbw"):
+        coordinator.backup(tmp_path / "out").wait(20)
+    assert any("out.shmcbw-partial" in record.getMessage() for record in caplog.records)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk.img", "out"]
+
+
+def test_the_command_line_tells_of_the_lost_backup_and_makes_the_new_one(image: Path, tmp_path: Path) -> None:
+    kill_owner(image, {"do": "backup", "target": str(tmp_path / "out"), "speed": 1})
+    discard_by(image, "resized")
+    command = [sys.executable, "-m", "shmcbw", "backup", str(image), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert f"the unfinished backup to {tmp_path / 'out'} has failed" in done.stderr
+    assert (tmp_path / "out").read_bytes() == image.read_bytes()

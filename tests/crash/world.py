@@ -28,8 +28,10 @@ from shmcbw.segment import SHM, Segment, attach, segment_name, worker_byte
 from tests.conftest import wait_for
 from tests.crash import wave
 from tests.owner import Owner
+from tests.processes import state
 
-SIZE = 4 << 20
+#: Two waves, and more behind them than a worker copies ahead of them.
+SIZE = 6 << 20
 PATIENCE_S = 30.0
 COORDINATOR, WORKER, WRITER, READER = "coordinator", "worker", "writer", "reader"
 
@@ -201,7 +203,7 @@ class World:
     def find_stopped(self, kind: str) -> int | None:
         """The pid of a process of this kind that is stopped, and was not by the test."""
         for pid, found in self.family().items():
-            if found == kind and pid not in self.stopped and status_of(pid) in ("T", "t"):
+            if found == kind and pid not in self.stopped and state(pid) in ("T", "t"):
                 return pid
         return None
 
@@ -346,12 +348,3 @@ class World:
                 process.wait()
         self.owner.end()
         self.control.close()
-
-
-def status_of(pid: int) -> str:
-    """The state letter of a process: "T" stopped, "Z" dead and not waited for, "" gone."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return ""

@@ -6,14 +6,20 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import shmcbw
+from shmcbw.layout import Slot
+from shmcbw.status import describe_segment
 from shmcbw.workers import Coordinator
 from tests.conftest import wait_for
+from tests.crash.world import attached
+from tests.processes import continue_all, stop_all
 
 SIZE = 1 << 20
 
@@ -134,3 +140,83 @@ def test_a_child_that_leaves_the_parents_with_block_drops_nothing(
             job.set_speed(0)
             job.wait(10)
     assert (tmp_path / "out").read_bytes() == expected
+
+
+def test_a_child_forked_while_another_thread_waits_for_a_copy_writes_and_the_parent_goes_on(
+    make_image: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The child's handle has no part in the parent's wait: its want, its slot, the calls that are inside."""
+    image = make_image(SIZE)
+    with Coordinator(image, workers=1) as coordinator, shmcbw.open(image) as disk:
+        with coordinator.snapshot(tmp_path / "scratch") as snapshot:
+            before = snapshot.pread(SIZE, 0)
+            pids = [worker["pid"] for worker in coordinator.status()["workers"]]
+            stop_all(pids)
+            writer = threading.Thread(target=disk.pwrite, args=(b"parent" * 100, 0))
+            writer.start()
+            wait_for(lambda: any(slot["wanted_clusters"] for slot in coordinator.status()["slots"]), "it waits")
+
+            def child() -> None:
+                assert disk.pread(1, 0) == before[:1]
+                continue_all(pids)
+                disk.pwrite(b"child!", 500_000)
+                disk.close()
+
+            with warnings.catch_warnings():
+                # Python warns of a fork with threads; that is what is tried.
+                warnings.simplefilter("ignore", DeprecationWarning)
+                assert in_child(child) == 0
+            writer.join(20)
+            assert (disk.pread(6, 0), disk.pread(6, 500_000)) == (b"parent", b"child!")
+            assert snapshot.pread(SIZE, 0) == before
+        assert len(coordinator.status()["slots"]) == 1, "the thread that has ended gave its own back"
+
+
+def test_a_child_that_is_killed_in_a_write_of_its_own_leaves_the_parents_slot_alone(
+    make_image: Callable[..., Path], tmp_path: Path
+) -> None:
+    image = make_image(SIZE)
+    with Coordinator(image, workers=1, drain_limit=5) as coordinator, shmcbw.open(image) as disk:
+        disk.pwrite(b"parent", 0)
+        pid = os.fork()
+        if pid == 0:
+            disk.pwrite(b"child!", 100)
+            (slot,) = disk._slots
+            disk._attached().set_slot(slot, Slot.in_flight, 1)
+            os.kill(os.getpid(), signal.SIGKILL)
+        os.waitpid(pid, 0)
+        job = coordinator.backup(tmp_path / "out")
+        disk.pwrite(b"later!", 0)
+        job.wait(20)
+        wait_for(lambda: len(coordinator.status()["slots"]) == 1, "the child's slot is reaped")
+        assert disk.statistics()["writes"] == 2
+    assert (tmp_path / "out").read_bytes()[:6] == b"parent"
+
+
+def test_generations_of_children_each_write_with_a_slot_of_their_own(make_image: Callable[..., Path]) -> None:
+    """A child's child, while its parent and grandparent have the handle open."""
+    image = make_image(SIZE)
+    with Coordinator(image, workers=1) as coordinator, shmcbw.open(image) as disk:
+        disk.pwrite(b"0", 0)
+
+        def child() -> None:
+            disk.pwrite(b"1", 1)
+
+            def grandchild() -> None:
+                disk.pwrite(b"2", 2)
+                assert len(coordinator_slots(image)) == 3
+
+            assert in_child(grandchild) == 0
+            disk.pwrite(b"3", 3)
+
+        assert in_child(child) == 0
+        disk.pwrite(b"4", 4)
+        assert disk.pread(5, 0) == b"01234"
+        # They ended without closing.
+        wait_for(lambda: len(coordinator.status()["slots"]) == 1, "reaped")
+
+
+def coordinator_slots(image: Path) -> list[int]:
+    """The pids that hold slots, as anybody may see them."""
+    with attached(image) as segment:
+        return [slot["pid"] for slot in describe_segment(segment)["slots"]]
