@@ -150,7 +150,12 @@ def open_shared_memory(name: str) -> int:
         raise FileNotFoundError(errno.ENOENT, "no such shared memory", name) from None
     except posix_ipc.PermissionsError:
         raise PermissionError(errno.EACCES, "shared memory of another user", name) from None
-    except OSError as error:
+    except (ValueError, OSError) as error:
+        # shm_open() follows no link, and posix_ipc has words of its own for a directory.
+        if os.path.lexists(f"{SHM}{name}") and not stat.S_ISREG(os.lstat(f"{SHM}{name}").st_mode):
+            raise PermissionError(errno.EINVAL, "is there, and is no shared memory", name) from None
+        if isinstance(error, ValueError):
+            raise
         raise _with_errno(error, name) from None
 
 
@@ -506,7 +511,7 @@ def _try_attach(identity: Identity, owner: int) -> Segment:
     except FileNotFoundError:
         raise NoCoordinatorError(errno.ENOENT, "no coordinator serves this image") from None
     except PermissionError as error:
-        raise ForeignSegmentError(errno.EACCES, f"{SHM}{name}: {error.strerror}") from None
+        raise ForeignSegmentError(error.errno, f"{SHM}{name}: {error.strerror}") from None
     memory: mmap.mmap | None = None
     try:
         status = os.fstat(fd)

@@ -13,8 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from shmcbw.image import Identity
 from shmcbw.layout import Header
-from shmcbw.segment import COORDINATOR, _locked
+from shmcbw.segment import COORDINATOR, _locked, segment_name
 
 SHM = Path("/dev/shm")
 
@@ -143,3 +144,8 @@ def wait_for(condition: Callable[[], object], what: str, timeout: float = 10.0) 
     while not condition():
         assert time.monotonic() < deadline, f"{what}: not within {timeout} s"
         time.sleep(0.002)
+
+
+def segment_file(image: Path) -> Path:
+    """Where the control segment of an image is, or would be."""
+    return SHM / segment_name(Identity.of(os.stat(image)))[1:]

@@ -19,12 +19,10 @@ import shmcbw
 from shmcbw.bitmap import Bitmap
 from shmcbw.epochs import epoch
 from shmcbw.failpoints import POINTS
-from shmcbw.image import Identity
 from shmcbw.invariants import check
 from shmcbw.layout import Header, Word
-from shmcbw.segment import SHM, segment_name
 from shmcbw.workers import Coordinator
-from tests.conftest import wait_for
+from tests.conftest import segment_file, wait_for
 from tests.owner import ROOT, Owner
 from tests.processes import stop_all
 
@@ -49,10 +47,6 @@ def wait_gone(pids: list[int]) -> None:
     """Wait until these orphans have left by themselves."""
     assert pids
     wait_for(lambda: not any(map(psutil.pid_exists, pids)), "the orphans leave", 4 * GRACE_S)
-
-
-def segment_file(image: Path) -> Path:
-    return Path(SHM) / segment_name(Identity.of(os.stat(image)))[1:]
 
 
 def kill_owner(image: Path, *commands: dict[str, Any]) -> list[int]:

@@ -15,11 +15,10 @@ import pytest
 
 import shmcbw
 from shmcbw import segment as segments
-from shmcbw.image import Identity
 from shmcbw.layout import Header
-from shmcbw.segment import segment_name, sweep
+from shmcbw.segment import sweep
 from shmcbw.workers import Coordinator
-from tests.conftest import wait_for
+from tests.conftest import segment_file, wait_for
 from tests.processes import running, write_forever
 
 SHM = Path(segments.SHM)
@@ -42,10 +41,6 @@ def start_owner(image: Path, *arguments: str) -> subprocess.Popen[bytes]:
     assert owner.stdout.readline() == b"ready\n"
     owner.stdout.close()
     return owner
-
-
-def segment_file(image: Path) -> Path:
-    return SHM / segment_name(Identity.of(os.stat(image)))[1:]
 
 
 @pytest.fixture
