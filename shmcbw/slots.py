@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 
 from . import _core
 from .errors import NoFreeSlotError
@@ -20,6 +21,8 @@ TYPE_CHECKING = False  # see failpoints.py
 if TYPE_CHECKING:
     from collections.abc import Collection
 
+#: How long a slot that is being reaped is waited for.
+_PATIENCE_S = 0.05
 _LOCKED, _TAKEN, _CLEARED = index_of("slot.locked"), index_of("slot.taken"), index_of("slot.cleared")
 
 
@@ -29,10 +32,22 @@ def acquire_slot(segment: Segment, ours: Collection[int]) -> int:
     ours: slots that other threads have taken through the same open segment.  Its locks are those of the open file, so
     for us their bytes look free: a slot that two threads share has one in-flight mark for both, and cuts would be torn.
     """
-    count = segment.geometry.slot_count
-    # Two rounds: first those nobody uses; then any whose owner is dead.
+    deadline = time.monotonic() + _PATIENCE_S
+    # Twice at least: a dead writer's slot may be reaped between our two looks at it, or be held by its reaper.
+    while (index := _take_any(segment, ours)) is None:
+        if time.monotonic() > deadline:
+            count = segment.geometry.slot_count
+            raise NoFreeSlotError(
+                f"all {count} slots of the image are taken by writing threads; start the coordinator with more slots"
+            )
+        time.sleep(_PATIENCE_S / 10)
+    return index
+
+
+def _take_any(segment: Segment, ours: Collection[int]) -> int | None:
+    # First those nobody uses; then any whose owner is dead.
     for used in (False, True):
-        for index in range(count):
+        for index in range(segment.geometry.slot_count):
             if index in ours or (segment.slot(index, Slot.pid) != 0) is not used:
                 continue
             if segment.try_lock(slot_byte(index)):
@@ -43,9 +58,7 @@ def acquire_slot(segment: Segment, ours: Collection[int]) -> int:
                 segment.set_slot(index, Slot.pid, os.getpid())
                 hit(segment.failpoints, _TAKEN)
                 return index
-    raise NoFreeSlotError(
-        f"all {count} slots of the image are taken by writing threads; start the coordinator with more slots"
-    )
+    return None
 
 
 def clear_slot(segment: Segment, index: int) -> None:

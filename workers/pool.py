@@ -23,7 +23,7 @@ from shmcbw.segment import Segment, worker_byte
 from shmcbw.snapshots import wake_all
 
 from .permissions import ImageLock
-from .starting import describe_status
+from .starting import ID_TAKEN_STATUS, describe_status
 
 log = logging.getLogger("shmcbw")
 
@@ -73,13 +73,13 @@ class Pool:
                 self._lead()
                 return
             dead = {i: process.returncode for i, process in self._processes.items() if process.poll() is not None}
-            killed = [worker_id for worker_id, status in dead.items() if status < 0]
-            if len(killed) < len(dead) or time.monotonic() > deadline:
+            lost = [worker_id for worker_id, status in dead.items() if status < 0 or status == ID_TAKEN_STATUS]
+            if len(lost) < len(dead) or time.monotonic() > deadline:
                 self.stop()
                 why = ", ".join(f"{i}: {describe_status(status)}" for i, status in dead.items()) or "they are too slow"
                 raise PoolError(f"{self._image_path}: the copy workers did not start ({why}); stderr has their words")
-            for worker_id in killed:
-                # Not a fault of its own: another one takes its place.
+            for worker_id in lost:
+                # Killed, or a worker that a dead coordinator had just started was faster: another one takes its place.
                 del self._processes[worker_id]
             self._segment.semaphore("c").wait(10_000_000)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 #: An exit status from here on is this and an errno (at most 133); below, it is Python's.
 _ERRNO_BASE = 100
+#: Another worker has its id.
+ID_TAKEN_STATUS = _ERRNO_BASE + errno.EBUSY
 
 
 def failed_start_status(error: Exception) -> int:

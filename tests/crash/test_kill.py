@@ -17,7 +17,7 @@ import shmcbw
 from shmcbw.bitmap import Bitmap
 from shmcbw.invariants import check
 from shmcbw.layout import Slot
-from shmcbw.segment import worker_byte
+from shmcbw.segment import attach, slot_byte, worker_byte
 from shmcbw.workers import Coordinator
 from tests.conftest import wait_for
 from tests.lateness import Lateness
@@ -229,3 +229,14 @@ def test_a_coordinator_starts_although_its_workers_are_killed_meanwhile(make_ima
     finally:
         killed.set()
         killer.join()
+
+
+def test_a_slot_that_is_just_being_reaped_is_waited_for(make_image: Callable[..., Path]) -> None:
+    image = make_image(SIZE)
+    with Coordinator(image, workers=1, slots=1) as coordinator:
+        reaper = attach(coordinator._image)
+        assert reaper.try_lock(slot_byte(0))
+        threading.Timer(0.01, reaper.unlock, [slot_byte(0)]).start()
+        with shmcbw.open(image) as disk:
+            disk.pwrite(b"x", 0)
+        reaper.close()

@@ -19,8 +19,10 @@ import shmcbw
 from shmcbw.bitmap import Bitmap
 from shmcbw.epochs import epoch
 from shmcbw.failpoints import POINTS
+from shmcbw.image import ImageFile
 from shmcbw.invariants import check
-from shmcbw.layout import Header, Word
+from shmcbw.layout import Header, Word, Worker
+from shmcbw.segment import attach, worker_byte
 from shmcbw.workers import Coordinator
 from tests.conftest import segment_file, wait_for
 from tests.owner import ROOT, Owner
@@ -380,3 +382,27 @@ def test_the_command_line_tells_of_the_lost_backup_and_makes_the_new_one(image: 
     assert done.returncode == 0, done.stderr
     assert f"the unfinished backup to {tmp_path / 'out'} has failed" in done.stderr
     assert (tmp_path / "out").read_bytes() == image.read_bytes()
+
+
+def test_an_id_that_a_dead_coordinators_worker_takes_at_the_last_moment_is_left_to_it(image: Path) -> None:
+    """The coordinator stops when it has started its first worker; then somebody else is faster to take that id."""
+    for _ in range(5):
+        owner = Owner(image, SHMCBW_FAILPOINTS="coordinator.spawned=stop*1")
+        try:
+            wait_for(lambda: psutil.Process(owner.pid).status() == psutil.STATUS_STOPPED, "it stops", 20)  # noqa: B023
+            file = ImageFile.open(image, writable=False)
+            segment = attach(file)
+            file.close()
+            taken = segment.try_lock(worker_byte(1))
+            os.kill(owner.pid, signal.SIGCONT)
+            assert owner.answer() is not None
+            if taken:
+                ids = [segment.worker(worker_id, Worker.pid) != 0 for worker_id in (1, 2, 3)]
+                assert ids == [False, True, True]
+                assert owner.ask(do="close") is not None
+                segment.close()
+                return
+            segment.close()
+        finally:
+            owner.end()
+    raise AssertionError("five times the worker was faster than this test")
