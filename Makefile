@@ -9,7 +9,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CORE := $(wildcard shmcbw/_core/*.c shmcbw/_core/*.h)
-DEBIAN_PACKAGES := bindfs e2fsprogs exfat-fuse exfatprogs qemu-system-common qemu-utils strace
+DEBIAN_PACKAGES := bindfs e2fsprogs exfat-fuse exfatprogs fio libnbd-bin openssl qemu-system-common qemu-utils strace
 
 .PHONY: demo test lint bench matrix faults torture model clean
 

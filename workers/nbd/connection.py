@@ -1,0 +1,301 @@
+"""One NBD client: handshake, then requests until it leaves.
+
+What can be answered at once is, by the connection's own thread, and many answers leave in one send.  What would wait (a
+first touch whose copy is slow, a read from a cold disk, a flush) goes to a thread of the pool and holds up nobody.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+import ssl
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+from shmcbw.errors import (
+    ClosedError,
+    NoCoordinatorError,
+    ShmcbwError,
+    SnapshotBrokenError,
+)
+
+from . import wire
+from .export import Export
+from .tls import encrypt
+from .wire import ExportInfo, Handshake, ProtocolError, Request, Requests
+
+log = logging.getLogger("shmcbw.nbd")
+
+#: A client that has not chosen an export by then is sent away.
+HANDSHAKE_LIMIT_S = 60.0
+#: Requests of one connection that threads of the pool have; then it is not read from.
+PENDING_LIMIT = 64
+_SEND_TOGETHER_BYTES = 1 << 20
+_IOV_LIMIT = 512
+
+Buffer = bytes | bytearray | memoryview
+
+
+class Connection:
+    """A client on a socket; `run` serves it, `end` makes it leave, from any thread.
+
+    find, names: the exports, by `Handshake`'s rules.  chosen: called when the client has chosen one.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        find: Callable[[str], Export | None],
+        names: Callable[[], Iterable[str]],
+        pool: ThreadPoolExecutor,
+        tls: ssl.SSLContext | None,
+        chosen: Callable[[], None],
+    ) -> None:
+        self._sock = sock
+        self._find = find
+        self._names = names
+        self._pool = pool
+        self._tls = tls
+        self._chosen = chosen
+        self._sending = threading.Lock()
+        self._pending = threading.BoundedSemaphore(PENDING_LIMIT)
+        self.export: Export | None = None
+        self._structured = False
+        self._contexts: dict[str, int] = {}
+
+    def run(self) -> None:
+        """Serve until the client leaves or `end`; closes the socket."""
+        try:
+            rest = self._shake_hands()
+            if self.export is not None:
+                self._chosen()
+                self._transmit(self.export, Requests(rest))
+        except (ProtocolError, ssl.SSLError) as error:
+            log.warning("nbd: connection closed: %s", error)
+        except OSError as error:
+            # The client is gone, or was told to.
+            log.debug("nbd: connection ended: %s", error)
+        finally:
+            # Whoever still works for this client finds its socket open, and shut.
+            for _ in range(PENDING_LIMIT):
+                self._pending.acquire()
+            self._sock.close()
+
+    def end(self) -> None:
+        """Cut the client off."""
+        try:
+            self._sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+
+    # -- handshake -------------------------------------------------------------------------------------------------
+
+    def _shake_hands(self) -> bytes:
+        """Until an export is chosen (``export``) or the client has left; what it has sent beyond that."""
+        handshake = Handshake(self._info, self._names, tls=self._tls is not None, tls_required=self._tls is not None)
+        self._sock.settimeout(HANDSHAKE_LIMIT_S)
+        while True:
+            self._sock.sendall(handshake.outgoing)
+            handshake.outgoing.clear()
+            if handshake.chosen is not None or handshake.ended:
+                break
+            if handshake.starts_tls and self._tls is not None:
+                self._sock = encrypt(self._sock, self._tls)
+                self._sock.settimeout(HANDSHAKE_LIMIT_S)
+                handshake.encrypted()
+            data = self._sock.recv(64 << 10)
+            if not data:
+                return b""
+            handshake.receive(data)
+        self._sock.settimeout(None)
+        if handshake.chosen is not None:
+            self.export = self._find(handshake.chosen.name)
+        self._structured = handshake.structured
+        self._contexts = handshake.contexts
+        return bytes(handshake.rest)
+
+    def _info(self, name: str) -> ExportInfo | None:
+        export = self._find(name)
+        return export.info if export is not None else None
+
+    # -- transmission ----------------------------------------------------------------------------------------------
+
+    def _transmit(self, export: Export, requests: Requests) -> None:
+        replies: list[Buffer] = []
+        waiting = 0
+        while True:
+            for request in requests:
+                if request.type == wire.DISCONNECT and not request.refused:
+                    self._send(replies)
+                    return
+                answer = self._answer_now(export, request)
+                if answer is None:
+                    # The client waits for what is ready, too.
+                    self._send(replies)
+                    waiting = 0
+                    self._answer_later(export, request)
+                    continue
+                replies += answer
+                waiting += sum(map(len, answer))
+                if waiting > _SEND_TOGETHER_BYTES:
+                    self._send(replies)
+                    waiting = 0
+            self._send(replies)
+            waiting = 0
+            count = self._sock.recv_into(requests.space())
+            if count == 0:
+                return
+            requests.received(count)
+
+    def _answer_now(self, export: Export, request: Request) -> list[Buffer] | None:
+        """The reply, or None if it would keep other requests waiting."""
+        refusal = _refusal(export.info, request)
+        if refusal is not None:
+            return [wire.error(self._structured, request.cookie, *refusal)]
+        try:
+            if request.type == wire.WRITE and not request.flags & wire.FLAG_FUA:
+                if export.write_now(request.data, request.offset):
+                    return [wire.done(self._structured, request.cookie)]
+            elif request.type == wire.READ:
+                data = export.read_now(request.length, request.offset)
+                if data is not None:
+                    return self._data_reply(request, data)
+        except (OSError, ShmcbwError, MemoryError) as error:
+            return [self._error_reply(request, error)]
+        return None
+
+    def _answer_later(self, export: Export, request: Request) -> None:
+        """Hand the request to the pool; it sends the reply itself."""
+        data = bytes(request.data)
+        self._pending.acquire()
+        self._pool.submit(self._answer, export, request, data)
+
+    def _answer(self, export: Export, request: Request, data: bytes) -> None:
+        try:
+            try:
+                replies = self._perform(export, request, data)
+            except (OSError, ShmcbwError, MemoryError) as error:
+                replies = [self._error_reply(request, error)]
+            self._send(replies)
+        except OSError:
+            # The client is gone; its own thread sees that too.
+            pass
+        finally:
+            self._pending.release()
+
+    def _perform(self, export: Export, request: Request, data: bytes) -> list[Buffer]:
+        length, offset = request.length, request.offset
+        if request.type == wire.READ:
+            return self._read(export, request)
+        if request.type == wire.BLOCK_STATUS:
+            return self._block_status(export, request)
+        if request.type == wire.WRITE:
+            export.write(data, offset)
+        elif request.type == wire.WRITE_ZEROES:
+            no_hole, fast = bool(request.flags & wire.FLAG_NO_HOLE), bool(request.flags & wire.FLAG_FAST_ZERO)
+            export.write_zeroes(length, offset, no_hole=no_hole, fast=fast)
+        elif request.type == wire.TRIM:
+            export.discard(length, offset)
+        elif request.type == wire.CACHE:
+            export.cache(length, offset)
+        if request.type == wire.FLUSH or request.flags & wire.FLAG_FUA:
+            export.flush()
+        return [wire.done(self._structured, request.cookie)]
+
+    def _data_reply(self, request: Request, data: bytes) -> list[Buffer]:
+        return [wire.data_header(self._structured, request.cookie, request.offset, len(data)), data]
+
+    def _read(self, export: Export, request: Request) -> list[Buffer]:
+        """All, or with structured replies what can be read before the first byte that can't, and the error for that."""
+        data = export.read(request.length, request.offset)
+        if len(data) == request.length:
+            return self._data_reply(request, data)
+        where = request.offset + len(data)
+        refusal = wire.error(
+            self._structured, request.cookie, errno.EACCES, f"byte {where} is not part of the snapshot", where
+        )
+        if not self._structured:
+            return [refusal]
+        return [wire.data_header(True, request.cookie, request.offset, len(data), last=False), data, refusal]
+
+    def _block_status(self, export: Export, request: Request) -> list[Buffer]:
+        replies: list[Buffer] = []
+        contexts = list(self._contexts.items())
+        for position, (context, number) in enumerate(contexts):
+            extents = export.extents(context, request.length, request.offset)
+            extents = merged(extents)
+            if request.flags & wire.FLAG_REQ_ONE:
+                del extents[1:]
+            last = position == len(contexts) - 1
+            replies.append(wire.block_status(request.cookie, number, extents, last=last))
+        return replies
+
+    def _error_reply(self, request: Request, error: BaseException) -> bytes:
+        return wire.error(self._structured, request.cookie, errno_of(error), str(error))
+
+    def _send(self, buffers: list[Buffer]) -> None:
+        """Send, all or nothing for others to come in between; empties the list."""
+        if not buffers:
+            return
+        with self._sending:
+            if sum(map(len, buffers)) <= 64 << 10:
+                self._sock.sendall(b"".join(buffers))
+            else:
+                for start in range(0, len(buffers), _IOV_LIMIT):
+                    self._send_vector(buffers[start : start + _IOV_LIMIT])
+        buffers.clear()
+
+    def _send_vector(self, buffers: list[Buffer]) -> None:
+        left = [memoryview(buffer) for buffer in buffers]
+        while left:
+            sent = self._sock.sendmsg(left)
+            while left and sent >= len(left[0]):
+                sent -= len(left.pop(0))
+            if sent:
+                left[0] = left[0][sent:]
+
+
+def _refusal(info: ExportInfo, request: Request) -> tuple[int, str] | None:
+    """Why the request makes no sense for this export: (errno, text)."""
+    kind = request.type
+    if request.refused:
+        return request.refused, "unknown command or flags, or too long"
+    if kind == wire.FLUSH:
+        return None
+    if kind in (wire.WRITE, wire.WRITE_ZEROES, wire.TRIM):
+        if info.flags & wire.READ_ONLY or (kind != wire.TRIM and not info.flags & wire.SEND_FUA):
+            return errno.EPERM, "the export is read-only"
+    elif request.length == 0 and kind == wire.BLOCK_STATUS:
+        return errno.EINVAL, "block status of no bytes"
+    if kind == wire.CACHE and not info.flags & wire.SEND_CACHE:
+        return errno.EINVAL, "CACHE is not offered"
+    if request.offset + request.length > info.size_bytes:
+        writes = kind in (wire.WRITE, wire.WRITE_ZEROES)
+        return errno.ENOSPC if writes else errno.EINVAL, f"beyond the end of the export at {info.size_bytes}"
+    return None
+
+
+def merged(extents: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Neighbours of the same state as one."""
+    found: list[tuple[int, int]] = []
+    for length, flags in extents:
+        if found and found[-1][1] == flags:
+            found[-1] = (found[-1][0] + length, flags)
+        else:
+            found.append((length, flags))
+    return found
+
+
+def errno_of(error: BaseException) -> int:
+    """What a client is told: EIO for a broken snapshot, ESHUTDOWN for one that is gone, else the error's own errno."""
+    if isinstance(error, SnapshotBrokenError):
+        return errno.EIO
+    if isinstance(error, (ClosedError, NoCoordinatorError)):
+        return errno.ESHUTDOWN
+    if isinstance(error, MemoryError):
+        return errno.ENOMEM
+    if isinstance(error, ValueError):
+        return errno.EINVAL
+    return getattr(error, "errno", None) or errno.EIO

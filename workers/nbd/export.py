@@ -1,0 +1,226 @@
+"""What an NBD server serves: an image through the filter, or a snapshot as it was at its cut.
+
+Both have the same methods; offsets and lengths are bytes, checked by the caller against ``info.size_bytes``.  The ones
+called ``…_now`` never wait for a copy or a disk: they say that it would take longer, and the caller goes to a thread.
+``read`` may return less than was asked for: up to the first byte that is not part of a snapshot.  ``extents`` too; it
+returns at least one, or raises.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from typing import Protocol
+
+from shmcbw import _core
+from shmcbw.filter import Disk
+from shmcbw.image import HONEST_HOLES, ImageFile, next_data
+from shmcbw.reader import SnapshotReader
+
+from . import wire
+from .wire import ExportInfo
+
+ALLOCATION = "base:allocation"
+DIRTY = "qemu:dirty-bitmap:"
+
+#: (length in bytes, flags of the context).
+Extents = list[tuple[int, int]]
+#: Extents of a dirty bitmap: (length, offset) -> at least one extent, from the offset on.
+DirtyExtents = Callable[[int, int], Extents]
+
+#: A hot write needs none of it; a first touch with a warm target is done within it.
+PATIENCE_NS = 1_000_000
+EXTENTS_LIMIT = 4096
+_PIECE_BYTES = 1 << 20
+_ZEROES = bytes(_PIECE_BYTES)
+
+
+class Export(Protocol):
+    """What a connection needs of an export."""
+
+    info: ExportInfo
+
+    def read_now(self, length: int, offset: int) -> bytes | None: ...
+    def read(self, length: int, offset: int) -> bytes: ...
+    def write_now(self, data: memoryview, offset: int) -> bool: ...
+    def write(self, data: bytes, offset: int) -> None: ...
+    def write_zeroes(self, length: int, offset: int, *, no_hole: bool, fast: bool) -> None: ...
+    def discard(self, length: int, offset: int) -> None: ...
+    def flush(self) -> None: ...
+    def cache(self, length: int, offset: int) -> None: ...
+    def extents(self, context: str, length: int, offset: int) -> Extents: ...
+    def close(self) -> None: ...
+
+
+class DiskExport:
+    """An image as it is now.  Writes go through the filter, so each connection is a writer like any other."""
+
+    def __init__(self, name: str, path: str, *, writable: bool, dirty: dict[str, DirtyExtents] | None = None) -> None:
+        self._disk = Disk(path, read_only=not writable)
+        try:
+            self._image = ImageFile.open(path, writable=False)
+        except BaseException:
+            self._disk.close()
+            raise
+        self._fd = self._image.fd
+        self._honest_holes = _core.file_system(self._fd) in HONEST_HOLES
+        self._punches = writable and _can_punch(path, self._disk.size_bytes)
+        self._dirty = dirty or {}
+        flags = wire.HAS_FLAGS | wire.SEND_FLUSH | wire.SEND_FUA | wire.SEND_DF | wire.SEND_CACHE
+        # All connections write into one page cache, and a flush syncs the file: it covers what any of them has written.
+        flags |= wire.CAN_MULTI_CONN
+        if writable:
+            flags |= wire.SEND_TRIM | wire.SEND_WRITE_ZEROES | wire.SEND_FAST_ZERO
+        else:
+            flags |= wire.READ_ONLY
+        self.info = ExportInfo(
+            name,
+            self._disk.size_bytes,
+            flags,
+            f"image {path}",
+            contexts=(ALLOCATION, *(DIRTY + bitmap for bitmap in self._dirty)),
+        )
+
+    def read_now(self, length: int, offset: int) -> bytes | None:
+        buffer = bytearray(length)
+        try:
+            # By the file and not by the mapping: a page that is not in memory is EAGAIN here, and a wait there.
+            count = os.preadv(self._fd, [buffer], offset, os.RWF_NOWAIT)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+            return self.read(length, offset)
+        return bytes(buffer) if count == length else None
+
+    def read(self, length: int, offset: int) -> bytes:
+        return read_fully(self._fd, length, offset)
+
+    def write_now(self, data: memoryview, offset: int) -> bool:
+        return self._disk.try_pwrite(data, offset, PATIENCE_NS)
+
+    def write(self, data: bytes, offset: int) -> None:
+        self._disk.pwrite(data, offset)
+
+    def write_zeroes(self, length: int, offset: int, *, no_hole: bool, fast: bool) -> None:
+        if fast and (no_hole or not self._punches):
+            raise OSError(errno.ENOTSUP, "zeroes are no faster than data here")
+        if not no_hole:
+            self._disk.pwrite_zeroes(length, offset)
+            return
+        for position in range(offset, offset + length, _PIECE_BYTES):
+            self._disk.pwrite(memoryview(_ZEROES)[: offset + length - position], position)
+
+    def discard(self, length: int, offset: int) -> None:
+        self._disk.pdiscard(length, offset)
+
+    def flush(self) -> None:
+        self._disk.flush()
+
+    def cache(self, length: int, offset: int) -> None:
+        os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
+
+    def extents(self, context: str, length: int, offset: int) -> Extents:
+        if context != ALLOCATION:
+            return self._dirty[context.removeprefix(DIRTY)](length, offset)
+        if not self._honest_holes:
+            return [(length, 0)]
+        found: Extents = []
+        position, stop = offset, offset + length
+        while position < stop and len(found) < EXTENTS_LIMIT:
+            data = next_data(self._fd, position, stop)
+            if data > position:
+                found.append((data - position, wire.STATE_HOLE | wire.STATE_ZERO))
+                position = data
+                continue
+            # A hole or the end is there at the latest; another writer may have made one at this very byte meanwhile.
+            hole = min(os.lseek(self._fd, position, os.SEEK_HOLE), stop)
+            if hole > position:
+                found.append((hole - position, 0))
+                position = hole
+        return found
+
+    def close(self) -> None:
+        self._disk.close()
+        self._image.close()
+
+
+class SnapshotExport:
+    """A snapshot.  Read-only, but for a discard, which says "I have read this part": the snapshot lets it go."""
+
+    def __init__(
+        self, name: str, reader: SnapshotReader, *, writable: bool, dirty: dict[str, DirtyExtents] | None = None
+    ) -> None:
+        self._reader = reader
+        self._dirty = dirty or {}
+        flags = wire.HAS_FLAGS | wire.SEND_FLUSH | wire.SEND_DF | wire.CAN_MULTI_CONN
+        flags |= wire.SEND_TRIM if writable else wire.READ_ONLY
+        self.info = ExportInfo(
+            name,
+            reader.size_bytes,
+            flags,
+            "snapshot",
+            contexts=(ALLOCATION, *(DIRTY + bitmap for bitmap in self._dirty)),
+        )
+
+    def read_now(self, length: int, offset: int) -> bytes | None:
+        return None
+
+    def read(self, length: int, offset: int) -> bytes:
+        return self._reader.pread_some(length, offset)
+
+    def write_now(self, data: memoryview, offset: int) -> bool:
+        raise OSError(errno.EPERM, "a snapshot can't be written")
+
+    def write(self, data: bytes, offset: int) -> None:
+        raise OSError(errno.EPERM, "a snapshot can't be written")
+
+    def write_zeroes(self, length: int, offset: int, *, no_hole: bool, fast: bool) -> None:
+        raise OSError(errno.EPERM, "a snapshot can't be written")
+
+    def discard(self, length: int, offset: int) -> None:
+        self._reader.discard(length, offset)
+
+    def flush(self) -> None:
+        """Nothing was written."""
+
+    def cache(self, length: int, offset: int) -> None:
+        raise OSError(errno.EINVAL, "not offered")
+
+    def extents(self, context: str, length: int, offset: int) -> Extents:
+        if context != ALLOCATION:
+            return self._dirty[context.removeprefix(DIRTY)](length, offset)
+        flags = {"data": 0, "zero": wire.STATE_HOLE | wire.STATE_ZERO}
+        found: Extents = []
+        # A request that runs into what is not part of the snapshot is answered up to there.
+        for extent in self._reader.block_status_some(length, offset, limit=EXTENTS_LIMIT):
+            found.append((extent.length, flags[extent.status]))
+        return found
+
+    def close(self) -> None:
+        self._reader.close()
+
+
+def read_fully(fd: int, length: int, offset: int) -> bytes:
+    """All of a range of a file; EIO where the file ends within it."""
+    data = os.pread(fd, length, offset)
+    while len(data) < length:
+        more = os.pread(fd, length - len(data), offset + len(data))
+        if not more:
+            raise OSError(errno.EIO, f"the image ends at byte {offset + len(data)}: it was truncated")
+        data += more
+    return data
+
+
+def _can_punch(path: str, size_bytes: int) -> bool:
+    """Whether the file can have holes made: tried behind its end, where nothing is."""
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        _core.punch_hole(fd, size_bytes + (1 << 20), 4096)
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return True
