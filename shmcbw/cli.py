@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from .chain_commands import add_backup_options, add_commands, bitmap_parameters
 from .clusters import check_cluster_size
 from .errors import JobCancelledError, ShmcbwError
+from .export_command import add_commands as add_export
 from .sizes import format_ns, format_size, parse_size
 
 if TYPE_CHECKING:
@@ -173,6 +174,8 @@ def parser() -> argparse.ArgumentParser:
 
     reference = commands.add_parser("qmp-reference", help="print the reference of the QMP commands, in Markdown")
     reference.set_defaults(run=_qmp_reference)
+
+    add_export(commands)
 
     status = commands.add_parser("status", help="what is going on, for one image or all")
     status.add_argument("image", metavar="IMAGE", nargs="?")

@@ -318,6 +318,8 @@ class Server:
                 server_context(**asdict(tls))
         except BaseException:
             listener.close()
+            if path is not None:
+                os.unlink(path)
             raise
         self._listener = listener
         self._path = path

@@ -16,13 +16,22 @@ _PIECE_BYTES = 256 << 10
 
 
 def server_context(certificate: str, key: str, authority: str | None = None) -> ssl.SSLContext:
-    """TLS 1.2 or later with a certificate (PEM); with an authority, clients must show one signed by it."""
+    """TLS 1.2 or later with a certificate (PEM); with an authority, clients must show one signed by it.
+
+    OSError: a file can't be read, or is none of that.
+    """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.load_cert_chain(certificate, key)
-    if authority is not None:
-        context.verify_mode = ssl.CERT_REQUIRED
-        context.load_verify_locations(authority)
+    files = f"certificate {certificate}, key {key}"
+    try:
+        context.load_cert_chain(certificate, key)
+        if authority is not None:
+            files = f"authority {authority}"
+            context.verify_mode = ssl.CERT_REQUIRED
+            context.load_verify_locations(authority)
+    except OSError as error:
+        # ssl names no file.
+        raise OSError(error.errno, f"TLS: {files}: {error.strerror or error}") from error
     return context
 
 
