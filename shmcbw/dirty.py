@@ -331,8 +331,10 @@ class DirtyBitmap:
                 since, until = _join(since, until, source.since, source_until, open_end=self.recording)
         self.kept, self.since, self.until = found, since, until if since is not None else None
 
-    def finish(self, mode: str, success: bool, cut: Point, uncopied: DirtySet | None) -> None:
+    def finish(self, mode: str, success: bool, cut: Point, uncopied: DirtySet | None, rest: int = 0) -> None:
         """The end of a job that used it, by bitmap-mode and outcome; it began at ``cut``.
+
+        ``rest``: names what it leaves if it fails with mode always.
 
         | mode | success | failure or cancel |
         | on-success | what was written since the cut | as if there had been no job |
@@ -344,13 +346,13 @@ class DirtyBitmap:
         """
         if mode == "never" or (not success and mode != "always"):
             return
-        covered = self.covers(cut) is not None or success
+        covered = success or (rest != 0 and self.covers(cut) is not None)
         self.kept = None if success else uncopied
         if self.start is not None:
             self.start, self.until = cut.epoch, None
         else:
             self.until = cut
-        self.since = Point(cut.segment, cut.epoch, rest=not success) if covered else None
+        self.since = Point(cut.segment, cut.epoch, rest=0 if success else rest) if covered else None
 
 
 def _join(

@@ -6,18 +6,19 @@ and that cut, so neither between B and it.  Epochs of different segments can't b
 fits.
 
 What a job with bitmap-mode always leaves when it fails shows no instant: some clusters are of its cut, the others
-older.  It has the point of its cut, marked ``rest``; only what says "since that rest" can complete it.
+older.  It has the point of its cut and, as ``rest``, the number of that job; only what says "since that rest" can
+complete it.
 """
 
 from __future__ import annotations
 
 
 class Point:
-    """``segment``: the uuid of a control segment, 32 hexadecimal digits.  ``epoch``: odd.  ``rest``: see above."""
+    """``segment``: the uuid of a control segment, 32 hex digits.  ``epoch``: odd.  ``rest``: 0 of an instant."""
 
     __slots__ = ("epoch", "rest", "segment")
 
-    def __init__(self, segment: str, epoch: int, *, rest: bool = False) -> None:
+    def __init__(self, segment: str, epoch: int, *, rest: int = 0) -> None:
         self.segment = segment
         self.epoch = epoch
         self.rest = rest
@@ -25,12 +26,14 @@ class Point:
     @classmethod
     def parse(cls, text: str) -> Point:
         """The point that `str` wrote; ValueError if it is none."""
-        segment, _, number = text.removesuffix("/rest").partition("@")
+        segment, _, numbers = text.partition("@")
+        epoch, slash, rest = numbers.partition("/rest")
         if len(segment) != 32 or not set(segment) <= set("0123456789abcdef"):
             raise ValueError(f"{text!r} names no segment")
-        if not number.isascii() or not number.isdigit() or not 0 <= int(number) < 1 << 32:
-            raise ValueError(f"{text!r} has no epoch")
-        return cls(segment, int(number), rest=text.endswith("/rest"))
+        for number in (epoch, rest) if slash else (epoch,):
+            if not number.isascii() or not number.isdigit() or not 0 <= int(number) < 1 << 32:
+                raise ValueError(f"{text!r} has no epoch, or a wrong rest")
+        return cls(segment, int(epoch), rest=int(rest or 0))
 
     def not_after(self, other: Point) -> bool:
         """Whether changes since this point, taken up to a later one, can be laid over a backup of ``other``."""
@@ -45,7 +48,7 @@ class Point:
         return hash(str(self))
 
     def __str__(self) -> str:
-        return f"{self.segment}@{self.epoch}{'/rest' if self.rest else ''}"
+        return f"{self.segment}@{self.epoch}{f'/rest{self.rest}' if self.rest else ''}"
 
     def __repr__(self) -> str:
         return f"Point({self})"

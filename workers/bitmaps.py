@@ -337,7 +337,7 @@ class Bitmaps(Mapping[str, DirtyBitmap]):
             name = self.used_by(user)
             if name is not None:
                 with self._change() as bitmaps:
-                    bitmaps[name].finish(mode, success, cut, uncopied)
+                    bitmaps[name].finish(mode, success, cut, uncopied, int(user))
                     bitmaps[name].user = bitmaps[name].mode = None
 
     def used_by(self, user: str) -> str | None:

@@ -188,7 +188,7 @@ class Increment:
         """Complete the manifest of a target that is complete.  OSError."""
         if target.manifest is not None and target.manifest.state not in (NAMING, FINISHED):
             self._put_states(target, cluster_bytes)
-            target.manifest.seal(NAMING, **self._changes(index, target))
+            target.manifest.seal(NAMING, **self._changes(index))
             hit(self._segment.failpoints, _SEALED)
 
     def _put_states(self, target: TargetFile, cluster_bytes: Bitmap) -> None:
@@ -203,7 +203,7 @@ class Increment:
                 target.manifest.put_runs(first, end, ZERO_WORD)
             first = end
 
-    def _changes(self, index: int, target: TargetFile, *, rest: bool = False) -> dict[str, object]:
+    def _changes(self, index: int, *, rest: int = 0) -> dict[str, object]:
         cut = self.cut(index)
         changes: dict[str, object] = {
             "point": Point(cut.segment, cut.epoch, rest=rest),
@@ -224,9 +224,9 @@ class Increment:
 
     def fail(self, index: int, target: TargetFile, cluster_bytes: Bitmap, pool: Pool) -> None:
         """The job has failed or was cancelled, after its cut.  Before its entry is free."""
-        rest = Point(self.cut(index).segment, self.cut(index).epoch, rest=True)
+        rest = Point(self.cut(index).segment, self.cut(index).epoch, rest=int(self.user))
         if any(bitmap.since == rest for bitmap in self._bitmaps.values()):
-            # A coordinator that died had come so far.
+            # A coordinator that died had come so far: both are safe, and the bitmap is not ours any more.
             target.stays = True
         elif self.mode == "always":
             target.stays = self._leave_rest(index, target, cluster_bytes, pool)
@@ -255,7 +255,7 @@ class Increment:
                 for offset, length in uncopied.extents():
                     first, end = outward(offset, length, epochs.cluster_size)
                     target.manifest.put_runs(first, end, ABSENT)
-            target.manifest.seal(REST, **self._changes(index, target, rest=True))
+            target.manifest.seal(REST, **self._changes(index, rest=int(self.user)))
             hit(self._segment.failpoints, _SEALED)
             final = sidecar(target.path)
             os.rename(target.manifest.path, final)

@@ -76,14 +76,14 @@ FIELDS = (
     (64, "I", "epoch", "of the cut; with the one before, its point (`points.py`)"),
     (72, "16s", "since_segment", "of an increment: the point that it counts from; zero: nobody knows"),
     (88, "I", "since_epoch", ""),
-    (92, "I", "since_rest", "1: what an unfinished job left"),
+    (92, "I", "since_rest", "not 0: what an unfinished job left, by its number"),
     (96, "Q", "target_device", "identity of the file it was made for"),
     (104, "Q", "target_inode", ""),
     (112, "Q", "data_clusters", "words that are checksums"),
     (120, "Q", "zero_clusters", ""),
     (128, "Q", "absent_clusters", ""),
     (136, "16s", "table_digest", "XXH3-128 of all words"),
-    (152, "I", "rest", "1: what it shows is no instant, see the state REST"),
+    (152, "I", "rest", "not 0: it shows no instant, see the state REST; the number of the job"),
     (4088, "Q", "header_checksum", "XXH3-64 of bytes 0..4088 with the state as zeroes"),
 )
 _CHUNK_WORDS = 1 << 17
@@ -160,13 +160,13 @@ class Description:
             raise ManifestError(f"{path} is damaged: its header does not fit its checksum")
         since = None
         if any(found["since_segment"]):
-            since = Point(found["since_segment"].hex(), found["since_epoch"], rest=bool(found["since_rest"]))
+            since = Point(found["since_segment"].hex(), found["since_epoch"], rest=found["since_rest"])
         state = found["state"]
         return cls(
             found["kind"],
             found["image_size"],
             found["cluster_size"],
-            Point(found["segment"].hex(), found["epoch"], rest=bool(found["rest"])),
+            Point(found["segment"].hex(), found["epoch"], rest=found["rest"]),
             since,
             found["cut_time_ns"],
             Identity(found["target_device"], found["target_inode"]),

@@ -275,7 +275,7 @@ def an_epoch_map() -> EpochMap:
     return EpochMap(bytearray(64 * 4), 0, 64 * 512, 512)
 
 
-def point(epoch: int, *, rest: bool = False) -> Point:
+def point(epoch: int, *, rest: int = 0) -> Point:
     return Point(SEGMENT, epoch, rest=rest)
 
 
@@ -297,13 +297,14 @@ def test_a_job_that_succeeds_makes_it_cover_from_the_cut_on() -> None:
 
 def test_what_always_leaves_after_a_failure_fits_its_own_rest_only() -> None:
     bitmap = recording(3)
-    bitmap.finish("always", False, point(9), DirtySet(64 * 512, 512))
+    bitmap.finish("always", False, point(9), DirtySet(64 * 512, 512), 7)
     since = bitmap.covers(point(11))
-    assert since == point(9, rest=True)
+    assert since == point(9, rest=7)
     assert not since.not_after(point(9))
     assert not point(3).not_after(since)
     assert not since.not_after(point(11))
-    assert since.not_after(point(9, rest=True))
+    assert since.not_after(point(9, rest=7))
+    assert not since.not_after(point(9, rest=8)), "what another job has left"
 
 
 def test_a_disabled_bitmap_covers_up_to_the_last_boundary_only() -> None:
@@ -367,7 +368,7 @@ def test_an_inconsistent_bitmap_can_only_be_removed() -> None:
 
 def test_points_of_different_segments_fit_only_if_they_are_the_same() -> None:
     assert not Point("0" * 32, 3).not_after(point(5))
-    assert Point.parse(str(point(5, rest=True))) == point(5, rest=True)
+    assert Point.parse(str(point(5, rest=7))) == point(5, rest=7)
     for text in ("", "x", "a@1", "ab" * 16, "ab" * 16 + "@", "ab" * 16 + "@-1", "ab" * 16 + "@4294967296", "AB" * 16):
         with pytest.raises(ValueError):
             Point.parse(text)

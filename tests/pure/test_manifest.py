@@ -32,7 +32,9 @@ from shmcbw.workers.manifest import (
     sidecar,
 )
 
-POINTS = st.builds(Point, st.sampled_from(["ab" * 16, "0" * 31 + "1"]), st.integers(0, 2**32 - 1), rest=st.booleans())
+POINTS = st.builds(
+    Point, st.sampled_from(["ab" * 16, "0" * 31 + "1"]), st.integers(0, 2**32 - 1), rest=st.integers(0, 2**32 - 1)
+)
 DESCRIPTIONS = st.builds(
     Description,
     st.sampled_from([FULL, INCREMENT]),
