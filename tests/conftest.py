@@ -12,10 +12,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+from hypothesis import settings
 
 from shmcbw.image import Identity
 from shmcbw.layout import Header
 from shmcbw.segment import COORDINATOR, _locked, segment_name
+
+# How long one example takes on a busy machine says nothing; pytest has a limit for each test.
+settings.register_profile("shmcbw", deadline=None)
+settings.load_profile("shmcbw")
 
 SHM = Path("/dev/shm")
 
