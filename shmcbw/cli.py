@@ -324,7 +324,7 @@ def _adopted_or_new(
     unfinished: dict[str, Job] = {}
     for coordinator in coordinators.values():
         for adopted in coordinator.jobs:
-            if adopted.error is not None:
+            if adopted.ended:
                 continue
             cut = datetime.datetime.fromtimestamp(adopted.cut_time_ns / 1e9).astimezone().isoformat(" ", "seconds")
             print(

@@ -23,6 +23,7 @@ __all__ = [
     "ImageInUseError",
     "JobCancelledError",
     "JobFailedError",
+    "JobStateError",
     "LayoutVersionError",
     "ManifestError",
     "NoCoordinatorError",
@@ -247,3 +248,7 @@ class JobCancelledError(ShmcbwError):
     """The job was cancelled; the target was removed."""
 
     exit_status = 6
+
+
+class JobStateError(ShmcbwError):
+    """The job can't do that in the state that it is in; nothing has changed."""

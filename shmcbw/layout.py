@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from .clusters import CLUSTER_SIZE_MAX, CLUSTER_SIZE_MIN, cluster_count
 
 MAGIC = int.from_bytes(b"shmcbw\r\n", "little")
-VERSION = 1
+VERSION = 2
 
 SNAPSHOT_COUNT = 8
 GROUP_MEMBERS_MAX = 128
@@ -24,6 +24,7 @@ WORKER_ID_MAX = 239
 WORKER_COUNT_MIN = 8
 HISTOGRAM_COUNT = 32
 PATH_SIZE = 4096
+TURN_COUNT = 240
 FAILPOINT_COUNT = 127
 IMAGE_SIZE_MAX = 1 << 62
 
@@ -130,8 +131,15 @@ class Snapshot:
     drained_ns = Word(48, 8, "coordinator", "status", "length of the drained section")
     broken = Word(64, 8, "compare-and-swap", "all", "sticky error: errno 12 bits | epoch tag 20 | cluster 32")
     broken_time_ns = Word(72, 8, "whoever broke it", "status", "wall clock")
-    background_error = Word(80, 8, "workers, compare-and-swap", "coordinator", "as `broken`, of a background copy")
-    background = Word(88, 4, "coordinator", "workers", "1: copy in the background")
+    background_error = Word(
+        80,
+        8,
+        "workers, compare-and-swap",
+        "coordinator",
+        "as `broken`, of a background copy; errno + 0x800: reading",
+    )
+    background = Word(88, 4, "coordinator", "workers", "1: copy in the background; 0: no, or paused")
+    round = Word(92, 4, "coordinator", "workers", "changes when copying goes on after a pause or an error")
     cursor = Word(128, 8, "workers, compare-and-swap", "workers", "a hint: where the next background chunk begins")
     speed = Word(136, 8, "coordinator", "workers", "background bytes a second, 0: no limit")
     budget_ns = Word(144, 8, "workers, compare-and-swap", "workers", "monotonic time up to which speed is spent")
@@ -144,8 +152,17 @@ class Snapshot:
     group_inode = Word(232, 8, "coordinator", "adopting coordinator", "")
     group_index = Word(240, 4, "coordinator", "adopting coordinator", "and entry of its table")
     group_count = Word(244, 4, "coordinator", "adopting coordinator", "leader: members, itself among them")
+    max_workers = Word(248, 4, "coordinator", "workers", "background copies at once; 0: no limit")
     manifest = Word(256, 4, "coordinator", "workers", "1: checksums go to the manifest beside the target")
     in_place = Word(260, 4, "coordinator", "workers", "1: the target was there before: zeroes are punched into it")
+    max_chunk = Word(264, 8, "coordinator", "workers", "bytes of a background copy, 0: no limit")
+    turns = Word(
+        272,
+        TURN_COUNT,
+        "workers, compare-and-swap",
+        "workers",
+        "a byte for each of max_workers: 0 free, or whose",
+    )
     target_path = Word(512, PATH_SIZE, "coordinator", "workers", "where the data goes, ends with NUL")
     group_members = Word(
         4608, 24 * GROUP_MEMBERS_MAX, "coordinator", "adopting coordinator", "leader: device 8, inode 8, entry 8 each"

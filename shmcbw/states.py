@@ -47,6 +47,10 @@ SYNC_BITMAP = 3
 SYNCS = {"full": SYNC_FULL, "top": SYNC_TOP, "none": SYNC_NONE, "bitmap": SYNC_BITMAP, "incremental": SYNC_BITMAP}
 
 
+#: In the errno of a background error: reading the source failed, not writing the target.
+SOURCE_ERROR = 0x800
+
+
 def state_word(state: int, odd_epoch: int) -> int:
     """The state word of a cut."""
     return odd_epoch << 32 | state

@@ -15,7 +15,6 @@ import errno
 import functools
 import logging
 import math
-import mmap
 import os
 import threading
 import time
@@ -62,12 +61,13 @@ from shmcbw.slots import reap_slot
 from shmcbw.snapshots import break_snapshot, broken_error, state_of, target_path, wake_all
 from shmcbw.status import describe_segment
 
-from . import jobs
 from .bitmaps import Bitmaps
+from .completion import JobTransaction
 from .cut import NO_CUT, Cut
 from .forward import ForwardFile
 from .groups import Backup, Quiesce, Request, Scratch, backup_group, snapshot_group
 from .increments import Increment
+from .job_table import JobTable
 from .jobs import Job, Progress
 from .journal import Journal
 from .permissions import ImageLock
@@ -83,7 +83,6 @@ LOOK_NS = 100_000_000
 REAP_SLOTS_S = 0.25
 READY_TIMEOUT_S = 10.0
 TAKE_OVER_S = 2.0
-JOBS_KEPT = 100
 
 
 @dataclass(slots=True)
@@ -98,6 +97,7 @@ class Entry:
     released: bool = False
     #: Its manifest and its bitmap; None if it has neither.
     increment: Increment | None = None
+    job_id: str | None = None
 
 
 class CoordinatorSnapshot(SnapshotReader):
@@ -135,7 +135,8 @@ class Coordinator:
     instead of 0600).  drain_limit: seconds that a cut may hold writes, then it is given up.  locking: QEMU's image lock
     (`permissions.py`): "auto", "on" (fail where the file system has none), "off".  state_dir: where persistent bitmaps
     are while nobody serves the image (`saved.py`).  control: the socket over which this process can be asked for
-    backups, noted in the segment.
+    backups, noted in the segment.  on_event: called with name and data of each event, as QEMU's QMP has them; in order,
+    from any thread, with a lock held: it must neither block nor raise, nor call this coordinator or its jobs.
 
     CoordinatorRunningError: the image has a coordinator.  ImageInUseError: a QEMU has it.  ForeignSegmentError,
     LayoutVersionError: its shared memory belongs to somebody else.  ImageError, OSError: the image can't be served, or
@@ -156,6 +157,7 @@ class Coordinator:
         locking: str = "auto",
         state_dir: str | os.PathLike[str] | None = None,
         control: str = "",
+        on_event: Callable[[str, dict[str, Any]], None] | None = None,
     ) -> None:
         if not 1 <= workers <= 239:
             raise ValueError(f"workers: {workers} is not in 1..239")
@@ -164,6 +166,7 @@ class Coordinator:
         if cluster_size is not None:
             check_cluster_size(cluster_size)
         self.path = os.fspath(image)
+        self._on_event = on_event
         self._access = Access.for_group(group)
         self._drain_limit = drain_limit
         self._lock = threading.RLock()
@@ -171,10 +174,10 @@ class Coordinator:
         self._cutting = 0
         self._idle = threading.Condition(self._lock)
         self._entries: dict[int, Entry] = {}
-        self._jobs: dict[str, Job] = {}
         self._snapshots: dict[int, CoordinatorSnapshot] = {}
-        self._finishing: dict[str, threading.Thread] = {}
-        self._next_job = 1
+        #: Serial numbers of snapshots that were seen broken.
+        self._seen_broken: set[int] = set()
+        self.job_table = JobTable(self)
         self._closing = False
         self._closed = False
         self._slots_looked_s = 0.0
@@ -252,7 +255,9 @@ class Coordinator:
             for unadopted in self._unadopted:
                 self._fail_adoption(*unadopted)
             for lost in self._lost:
-                self._add_lost(lost)
+                # Its segment is gone, and its serial number with it.
+                cut = Cut(lost.backup.cut_time_ns, 0)
+                self.job_table.adopt_lost(0, lost.backup.target, cut, "full", lost.error)
             self._supervisor = threading.Thread(target=self._supervise, name="shmcbw-supervisor", daemon=True)
             self._supervisor.start()
             # A program that ends without closing leaves no workers and no segment behind.
@@ -336,12 +341,13 @@ class Coordinator:
             else:
                 self._entries[index] = entry
                 if segment.snapshot(index, Snapshot.job):
-                    job = self.add_job(entry, _sync_name(segment.snapshot(index, Snapshot.sync)))
-                    log.info("adopted %r", job)
+                    self.filter(entry)
+                    self.job_table.adopt(entry)
                 else:
                     self.add_snapshot(entry)
             self._reach("entry", "adopt")
         unadopted = {segment.snapshot(index, Snapshot.serial) for index, *_ in self._unadopted}
+        self.job_table.adopt_ended(unadopted)
         serials = {entry.serial for entry in self._entries.values()} | unadopted
         self.bitmaps.release_all_but(set(map(str, serials)))
         self._unlink_strays()
@@ -391,28 +397,15 @@ class Coordinator:
         if taken and segment.snapshot(index, Snapshot.job):
             number = error.errno if isinstance(error, OSError) else None
             message = f"the unfinished backup to {target.path} can't be taken over: {error}"
+            serial = segment.snapshot(index, Snapshot.serial)
             sync = _sync_name(segment.snapshot(index, Snapshot.sync))
-            self._add_failed_job(target, cut, sync, jobs.failure(number or errno.EIO, message))
+            failure = JobFailedError(number or errno.EIO, message)
+            self.job_table.adopt_lost(serial, target.path, cut, sync, failure)
         # Before the entry is free: afterwards nobody would know of an unfinished file.
         target.remove()
         remove_unheld(target.working_path, keep_target=True)
         self._free_entry(index, segment.snapshot(index, Snapshot.serial))
         self.bitmaps.release_all_but({str(entry.serial) for entry in self._entries.values()})
-
-    def _add_lost(self, lost: Lost) -> None:
-        backup = lost.backup
-        target = TargetFile(backup.target, backup.working_path, -1, backup.identity or Identity(0, 0), overwrite=False)
-        self._add_failed_job(target, Cut(backup.cut_time_ns, 0), "full", lost.error)
-
-    def _add_failed_job(self, target: TargetFile, cut: Cut, sync: str, error: JobFailedError) -> None:
-        """A dead coordinator's backup, which has no entry any more: where its user looks for it."""
-        geometry = self._segment.geometry
-        # Its bitmap may be what can't be read: nothing is known to be copied.
-        nothing = Bitmap(mmap.mmap(-1, geometry.bitmap_size), geometry.clusters, 0)
-        job = self.add_job(Entry(-1, 0, target, nothing, cut), sync)
-        job.freeze_progress(Progress(0, geometry.image_size, 0, 0, 0, 0))
-        job.move(jobs.ABORTING, error)
-        job.move(jobs.CONCLUDED)
 
     def _reach(self, step: str, protocol: str = "coordinator") -> None:
         hit(self._segment.failpoints, index_of(f"{protocol}.{step}"))
@@ -432,6 +425,13 @@ class Coordinator:
         bitmap_mode: str | None = None,
         in_place: bool = False,
         manifest: bool = False,
+        job_id: str | None = None,
+        auto_finalize: bool = True,
+        auto_dismiss: bool | None = None,
+        on_source_error: str = "report",
+        on_target_error: str = "report",
+        max_workers: int = 64,
+        max_chunk: int = 0,
         quiesce: Quiesce | None = None,
     ) -> Job:
         """Start a backup; returns when the cut is taken: what was written before is in it, what comes later is not.
@@ -448,6 +448,14 @@ class Coordinator:
         sync bitmap, ``target`` is an older backup, the bitmap's base, and becomes this one (`forward.py`).  manifest:
         take checksums while copying, and say in TARGET.shmcbw what it holds; with a bitmap that is always done.
 
+        job_id: a name of one's own, a letter and then letters, digits, `-`, `.`, `_`.  auto_finalize: False: the target
+        gets its name when `Job.finalize` is called.  auto_dismiss: True: a concluded job is forgotten at once; False:
+        it is kept for `Job.dismiss`, also over the coordinator's death; None: it is kept as long as there is room and
+        a coordinator.  on_source_error, on_target_error: what to do when a background copy can't read or write:
+        "report" (the job fails), "ignore" (try again), "stop" (pause), "enospc" (stop if there is no space, else
+        report), "auto" (the same).  max_workers: workers that copy for it in the background at once.  max_chunk: bytes
+        of a background copy, 0 for no limit.
+
         TargetRefusedError, CutAbandonedError, NoFreeSnapshotError, BitmapError: nothing has changed.
         """
         backup = Backup(
@@ -462,6 +470,13 @@ class Coordinator:
             bitmap_mode=bitmap_mode,
             in_place=in_place,
             manifest=manifest,
+            job_id=job_id,
+            auto_finalize=auto_finalize,
+            auto_dismiss=auto_dismiss,
+            on_source_error=on_source_error,
+            on_target_error=on_target_error,
+            max_workers=max_workers,
+            max_chunk=max_chunk,
         )
         with naming(self.path, f"no backup to {os.fspath(target)}"):
             return backup_group([backup], quiesce=quiesce)[0]
@@ -495,9 +510,9 @@ class Coordinator:
 
     @property
     def jobs(self) -> list[Job]:
-        """The jobs of this coordinator, also adopted ones, and the last 100 that are concluded."""
+        """The jobs of this coordinator, also adopted ones; the last 100 ended ones of those that nobody dismisses."""
         with self._lock:
-            return list(self._jobs.values())
+            return self.job_table.jobs
 
     @property
     def snapshots(self) -> list[CoordinatorSnapshot]:
@@ -505,23 +520,20 @@ class Coordinator:
         with self._lock:
             return list(self._snapshots.values())
 
-    def add_job(self, entry: Entry, sync: str) -> Job:
+    def add_job(self, entry: Entry, request: Request) -> Job:
         """The job of a backup whose cut is taken."""
         with self._lock:
-            if entry.increment is not None:
-                entry.increment.filter(entry.index, entry.bitmap)
-                self._pool.wake()
-            job = Job(self, entry, f"backup{self._next_job}", sync)
-            self._next_job += 1
-            self._jobs[job.id] = job
-            concluded = [each for each in self._jobs.values() if each.status == jobs.CONCLUDED]
-            for old in concluded[:-JOBS_KEPT]:
-                del self._jobs[old.id]
-                self._finishing.pop(old.id, None)
-            job.move(jobs.RUNNING)
+            self.filter(entry)
+            job = self.job_table.add(entry, request)
         # The workers may have finished before there was a job to look at.
         self._segment.wake_coordinator()
         return job
+
+    def filter(self, entry: Entry) -> None:
+        """Leave out what is not in the bitmap of a backup that has one."""
+        if entry.increment is not None:
+            entry.increment.filter(entry.index, entry.bitmap)
+            self._pool.wake()
 
     def add_snapshot(self, entry: Entry) -> CoordinatorSnapshot:
         """The snapshot of a scratch whose cut is taken; what can't be opened raises, and changes nothing."""
@@ -589,8 +601,11 @@ class Coordinator:
             )
             serial = self._begin(index, path, in_place=request.in_place)
             file: TargetFile | None = None
+            job_id: str | None = None
             try:
                 self._reach("creating")
+                if request.job:
+                    job_id = self.job_table.reserve(request, serial, path)
                 full = request.job and request.sync != "none"
                 if increment is None:
                     file = TargetFile.create(
@@ -600,8 +615,10 @@ class Coordinator:
                     file = increment.take_target(serial, path, self._image, overwrite=request.overwrite)
                 self._reach("target")
                 bitmap = self._fill_entry(index, serial, file, request, increment)
-                return Entry(index, serial, file, bitmap, increment=increment)
+                return Entry(index, serial, file, bitmap, increment=increment, job_id=job_id)
             except BaseException:
+                if job_id is not None:
+                    self.job_table.give_back(job_id)
                 if file is not None:
                     file.give_back()
                     file.close()
@@ -619,6 +636,8 @@ class Coordinator:
 
     def discard(self, entry: Entry) -> None:
         """There was no cut, or nobody wants it any more."""
+        # Without the lock: it may be a matter of several coordinators.
+        self.job_table.end_job_of(entry)
         with self._lock:
             if entry.released:
                 return
@@ -660,6 +679,9 @@ class Coordinator:
                 # What a bitmap leaves out is marked after the cut (`Increment.filter`).
                 Snapshot.background: int(request.sync != "none" and not (increment and increment.filters)),
                 Snapshot.manifest: int(file.manifest is not None),
+                Snapshot.round: 0,
+                Snapshot.max_workers: request.max_workers,
+                Snapshot.max_chunk: request.max_chunk,
                 Snapshot.cursor: 0,
                 Snapshot.speed: request.speed,
                 Snapshot.budget_ns: time.monotonic_ns(),
@@ -709,6 +731,16 @@ class Coordinator:
         entry.bitmap.close()
         entry.target.close()
 
+    def end_entry(self, entry: Entry, *, succeeded: bool) -> None:
+        """The end of a job's snapshot: its bitmap is what the outcome makes of it, an unfinished target is removed."""
+        try:
+            if entry.increment is not None and succeeded:
+                entry.increment.commit(entry.index)
+            elif entry.increment is not None:
+                entry.increment.fail(entry.index, entry.target, entry.bitmap, self._pool)
+        finally:
+            self._release_entry(entry)
+
     def drop_snapshot(self, entry: Entry) -> None:
         """Called by a snapshot that is being closed."""
         with self._lock:
@@ -735,27 +767,14 @@ class Coordinator:
         current = writers + background + zero + skipped
         return Progress(current, geometry.image_size, writers, background, zero, skipped)
 
-    def set_speed(self, entry: Entry, speed: int) -> None:
-        """Change a job's rate limit; what was spent under the old one is forgotten.  Nothing happens to one that copies
-        no more: it may have finished at this moment."""
-        if speed < 0:
-            raise ValueError("Parameter 'speed' expects a non-negative value")
-        self._check_process()
-        with self._lock:
-            if self._entries.get(entry.index) is not entry:
-                return
-            self._segment.set_snapshot(entry.index, Snapshot.budget_ns, time.monotonic_ns())
-            self._segment.set_snapshot(entry.index, Snapshot.speed, speed)
-            self._pool.wake()
+    def wake_workers(self) -> None:
+        """Have every worker look again."""
+        self._pool.wake()
 
-    def cancel_job(self, job: Job) -> None:
-        """Cancel a job, unless its target has its name already."""
-        self._check_process()
-        with self._lock:
-            if job.status == jobs.RUNNING:
-                self._abort(job, jobs.cancelled(job.id))
-            else:
-                job.cancel_requested = True
+    def emit(self, name: str, data: dict[str, Any]) -> None:
+        """Tell whoever listens, in order: the caller holds the lock."""
+        if self._on_event is not None:
+            self._on_event(name, data)
 
     # -- supervision -----------------------------------------------------------------------------------------------
 
@@ -765,13 +784,18 @@ class Coordinator:
             semaphore.wait(LOOK_NS)
             try:
                 with self._lock:
-                    if not self._closing:
-                        self._look()
+                    unsettled = self._look() if not self._closing else set()
+                # Without the lock: a transaction takes those of all its coordinators, in its order.
+                for transaction in unsettled:
+                    self._see_to(repr(transaction), transaction.settle)
             except Exception:  # the thread's outermost loop: it has to go on, others depend on it
                 log.exception("supervision of %s", self.path)
 
-    def _look(self) -> None:
-        """Each duty is seen to, also if the system refuses another one: a job ends although nobody can be reaped."""
+    def _look(self) -> set[JobTransaction]:
+        """Each duty is seen to, also if the system refuses another one: a job ends although nobody can be reaped.
+
+        Returns the transactions that have something to settle.
+        """
         self._see_to("the copy workers", self._pool.supervise)
         now = time.monotonic()
         if now - self._slots_looked_s >= REAP_SLOTS_S:
@@ -783,9 +807,11 @@ class Coordinator:
             refusal = self._pool.refusal(entry.index, entry.serial)
             if refusal and state_of(self._segment, entry.index) == states.ACTIVE:
                 break_snapshot(self._segment, entry.index, entry.serial, refusal, 0)
-        for job in list(self._jobs.values()):
-            if job.status == jobs.RUNNING:
-                self._see_to(repr(job), functools.partial(self._advance, job))
+        unsettled: set[JobTransaction] = set()
+        for job in self.job_table.jobs:
+            if not job.ended:
+                self._see_to(repr(job), functools.partial(job.look, unsettled))
+        return unsettled
 
     def _see_to(self, what: str, duty: Callable[[], None]) -> None:
         """Do a duty; where the system refuses, it is done at the next look.  The log has each complaint once."""
@@ -814,79 +840,24 @@ class Coordinator:
             broken = states.state_word(states.BROKEN, word >> 32)
             self._segment.exchange_snapshot(entry.index, Snapshot.state, word, broken)
             wake_all(self._segment)
+        if state_of(self._segment, entry.index) == states.BROKEN and entry.serial not in self._seen_broken:
+            self._seen_broken.add(entry.serial)
+            self._tell_broken(entry)
 
-    def _advance(self, job: Job) -> None:
-        """One look at a running job."""
-        segment, entry = self._segment, job._entry
-        word = segment.snapshot(entry.index, Snapshot.state)
-        state = word & 0xFFFFFFFF
-        if state == states.BROKEN:
-            broken = broken_error(segment, entry.index)
-            self._abort(job, broken or jobs.failure(errno.EIO, "the snapshot is broken"))
-            return
-        error = states.split_error(segment.snapshot(entry.index, Snapshot.background_error), word >> 32)
+    def _tell_broken(self, entry: Entry) -> None:
+        error = broken_error(self._segment, entry.index)
         if error is not None:
-            number, cluster = error
-            self._abort(
-                job,
-                jobs.failure(number, f"background copy of cluster {cluster} to {job.target}: {os.strerror(number)}"),
-            )
-            return
-        if state == states.ACTIVE and (job.sync == "none" or entry.bitmap.counts().open):
-            return
-        # From here on nobody can break it; a restarted coordinator finishes it.
-        complete = states.state_word(states.COMPLETE, word >> 32)
-        if state == states.ACTIVE and not segment.exchange_snapshot(entry.index, Snapshot.state, word, complete):
-            return
-        self._reach("complete")
-        job.freeze_progress(self.count_progress(entry))
-        job.move(jobs.WAITING)
-        thread = threading.Thread(target=self._finish, args=(job,), name=f"shmcbw-{job.id}", daemon=True)
-        self._finishing[job.id] = thread
-        thread.start()
-
-    def _finish(self, job: Job) -> None:
-        """Sync and name the target; beside supervision, for a sync may take long."""
-        entry = job._entry
-        try:
-            entry.target.sync(self._segment.geometry.image_size)
-            if entry.increment is not None:
-                entry.increment.seal(entry.index, entry.target, entry.bitmap)
-            self._reach("synced")
-            job.move(jobs.PENDING)
-            with self._lock:
-                if job.cancel_requested:
-                    self._abort(job, jobs.cancelled(job.id))
-                    return
-                entry.target.finish(lambda: self._reach("manifest", "target"))
-            self._reach("named")
-            if entry.increment is not None:
-                entry.increment.commit(entry.index)
-        except Exception as error:  # the thread's outermost level: whatever it is, the job ends with it
-            number = error.errno if isinstance(error, OSError) else None
-            message = f"finishing {job.target}: {getattr(error, 'strerror', None) or error}"
-            with self._lock:
-                self._abort(job, jobs.failure(number or errno.EIO, message))
-            return
-        with self._lock:
-            try:
-                self._release_entry(entry)
-            finally:
-                job.move(jobs.CONCLUDED)
-
-    def _abort(self, job: Job, error: BaseException) -> None:
-        if isinstance(error, ShmcbwError):
-            log.warning("%r: %s", job, error)
-        job.move(jobs.ABORTING, error)
-        try:
-            if self._entries.get(job._entry.index) is job._entry:
-                job.freeze_progress(self.count_progress(job._entry))
-                entry = job._entry
-                if entry.increment is not None:
-                    entry.increment.fail(entry.index, entry.target, entry.bitmap, self._pool)
-                self._release_entry(entry)
-        finally:
-            job.move(jobs.CONCLUDED)
+            data = {
+                "snapshot": entry.index,
+                "serial": entry.serial,
+                "job": entry.job_id,
+                "errno": error.errno,
+                "error": os.strerror(error.errno or errno.EIO),
+                "cluster": error.cluster,
+                "offset": error.cluster * self._segment.geometry.cluster_size,
+                "time": error.time_ns / 1e9,
+            }
+            self.emit("SNAPSHOT_BROKEN", data)
 
     # -- resize ----------------------------------------------------------------------------------------------------
 
@@ -944,8 +915,15 @@ class Coordinator:
         with self._lock:
             self.check_open()
             status = describe_segment(self._segment, self.path)
-            status["jobs"] = [_job_status(job) for job in self._jobs.values()]
+            status["jobs"] = [job.describe() for job in self.job_table.jobs]
         return status
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """The lock, for somebody who may be in a forked child, where it may never be released."""
+        self._check_process()
+        with self._lock:
+            yield
 
     def check_open(self) -> None:
         """ClosedError if it is closed, or being closed, or another process's."""
@@ -984,9 +962,10 @@ class Coordinator:
 
     def _cancel_all(self) -> None:
         for job in self.jobs:
-            self.cancel_job(job)
-        for thread in list(self._finishing.values()):
-            thread.join()
+            if not job.ended:
+                job.end()
+        with self._lock:
+            self.job_table.forget_all()
 
     def _drop_everything(self) -> None:
         for snapshot in self.snapshots:
@@ -1129,18 +1108,3 @@ def _lives(pid: int) -> bool:
     except PermissionError:
         pass
     return True
-
-
-def _job_status(job: Job) -> dict[str, Any]:
-    progress = job.progress()
-    return {
-        "id": job.id,
-        "type": "backup",
-        "status": job.status,
-        "sync": job.sync,
-        "target": job.target,
-        "cut_time_ns": job.cut_time_ns,
-        "drained_ns": job.drained_ns,
-        "progress": {name: getattr(progress, name) for name in Progress.__slots__},
-        "error": str(job.error) if job.error is not None else None,
-    }

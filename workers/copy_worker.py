@@ -55,6 +55,7 @@ HOT_NS = 200_000
 COLD_AFTER = 4
 SLEEP_NS = 1_000_000_000
 GRACE_S = 5.0
+TURN_NS = 10_000_000
 BUDGET_BURST_NS = 100_000_000
 
 
@@ -69,7 +70,7 @@ class Target:
     skip_holes: bool
     manifest_fd: int  # -1: no checksums
     in_place: bool
-    exhausted_at: int = -1  # the cursor at which nothing was left to copy
+    exhausted_at: tuple[int, int] = (-1, -1)  # the cursor and the round in which nothing was left to copy
     ns_per_byte: float = 20.0  # before the first measurement: begin with small chunks
 
 
@@ -324,39 +325,65 @@ class CopyWorker:
             or states.split_error(segment.snapshot(index, Snapshot.background_error), word >> 32) is not None
         ):
             return SLEEP_NS
-        cursor = segment.snapshot(index, Snapshot.cursor)
-        if cursor == target.exhausted_at:
+        # The round before the cursor: who changes both stores the round last.
+        round_, cursor = segment.snapshot(index, Snapshot.round), segment.snapshot(index, Snapshot.cursor)
+        if (cursor, round_) == target.exhausted_at:
             return SLEEP_NS
         start = min(cursor, self.clusters)
         first = _core.find_pending(target.bitmap.memory, start, self.clusters)
         if first == self.clusters:
             first = _core.find_pending(target.bitmap.memory, 0, start)
             if first == start:
-                target.exhausted_at = cursor
+                target.exhausted_at = cursor, round_
                 segment.wake_coordinator()
                 return SLEEP_NS
         limit = self._chunk_clusters(target, first)
         wait_ns = self._spend_budget(target, min(limit * self.cluster_size, CHUNK_MAX_BYTES))
         if wait_ns:
             return wait_ns
-        claimed = _core.claim(target.bitmap.memory, first, min(first + limit, self.clusters), self.worker_id, limit)
-        if claimed is None:
-            return 0
-        segment.exchange_snapshot(index, Snapshot.cursor, cursor, claimed[1])
-        self._reach(_BACKGROUND)
+        turn = self._take_turn(index)
+        if turn is None:
+            return TURN_NS
+        try:
+            claimed = _core.claim(target.bitmap.memory, first, min(first + limit, self.clusters), self.worker_id, limit)
+            if claimed is not None:
+                segment.exchange_snapshot(index, Snapshot.cursor, cursor, claimed[1])
+                self._reach(_BACKGROUND)
+                self._copy_claimed_chunk(target, *claimed, word >> 32)
+        finally:
+            self._end_turn(turn)
+        return 0
+
+    def _copy_claimed_chunk(self, target: Target, first: int, end: int, odd_epoch: int) -> None:
         started = time.monotonic_ns()
-        copied = self._copy(target, *claimed, COPIED)
+        copied = self._copy(target, first, end, COPIED)
         self._count("background_chunks")
         if copied.written_bytes:
             # The sync at the end then finds most of it on its way.
-            _core.start_writeback(target.fd, *byte_range(*claimed, self.cluster_size, self.source.size_bytes))
+            _core.start_writeback(target.fd, *byte_range(first, end, self.cluster_size, self.source.size_bytes))
             measured = (time.monotonic_ns() - started) / copied.written_bytes
             target.ns_per_byte += (measured - target.ns_per_byte) / 4
         if copied.error is not None:
-            number = copied.error.errno or errno.EIO
-            store_first_error(segment, index, Snapshot.background_error, word >> 32, number, copied.failed_cluster)
-            segment.wake_coordinator()
-        return 0
+            number = (copied.error.errno or errno.EIO) | (states.SOURCE_ERROR if copied.from_source else 0)
+            word = Snapshot.background_error
+            store_first_error(self.segment, target.index, word, odd_epoch, number, copied.failed_cluster)
+            self.segment.wake_coordinator()
+
+    def _take_turn(self, index: int) -> int | None:
+        """A byte among those of the job's ``max_workers``, or None if all are taken; -1: none is needed.
+
+        Claimed as clusters are, so what a dead worker had is found and given back in the same way.
+        """
+        count = self.segment.snapshot(index, Snapshot.max_workers)
+        if not 0 < count < self.segment.geometry.worker_count:
+            return -1
+        start = self.segment.geometry.snapshot(index, Snapshot.turns)
+        claimed = _core.claim(self.segment.memory, start, start + count, self.worker_id, 1)
+        return claimed[0] if claimed is not None else None
+
+    def _end_turn(self, turn: int) -> None:
+        if turn >= 0:
+            _core.exchange(self.segment.memory, turn, turn + 1, self.worker_id, PENDING)
 
     def _chunk_clusters(self, target: Target, first: int) -> int:
         """How much to take at once: a few milliseconds of writing; of a hole, many clusters."""
@@ -370,7 +397,9 @@ class CopyWorker:
         speed = self.segment.snapshot(target.index, Snapshot.speed)
         if speed:
             size = min(size, speed // 10)
-        return max(1, size // self.cluster_size, min(hole, HOLE_CHUNK_CLUSTERS))
+        clusters = max(1, size // self.cluster_size, min(hole, HOLE_CHUNK_CLUSTERS))
+        max_chunk = self.segment.snapshot(target.index, Snapshot.max_chunk)
+        return min(clusters, max(1, max_chunk // self.cluster_size)) if max_chunk else clusters
 
     # -- the byte budget -------------------------------------------------------------------------------------------
 

@@ -39,6 +39,8 @@ class Copied:
     written_bytes: int = 0
     error: OSError | None = None
     failed_cluster: int = -1
+    #: The error is one of reading the source, not of writing the target.
+    from_source: bool = True
 
     def add(self, first: int, end: int, state: int) -> None:
         if self.runs and self.runs[-1][1] == first and self.runs[-1][2] == state:
@@ -90,10 +92,12 @@ def copy_run(
     result = Copied()
     hole_state = SKIPPED if skip_holes else ZERO
     cluster = first
+    writing = False
     try:
         # Here and at the end (`TargetFile.sync`): what follows would make a truncated target as long as before.
         check_target(target_fd, source.size_bytes)
         while cluster < end:
+            writing = False
             offset = cluster * cluster_size
             data = source.data_from(offset)
             if data > offset:
@@ -101,6 +105,7 @@ def copy_run(
                 hole_end = end if data >= source.size_bytes else min(end, data // cluster_size)
                 if hole_end > cluster:
                     if in_place and hole_state == ZERO:
+                        writing = True
                         before_write()
                         make_zero(target_fd, *byte_range(cluster, hole_end, cluster_size, source.size_bytes))
                     result.add(cluster, hole_end, hole_state)
@@ -114,13 +119,15 @@ def copy_run(
             offset, length = byte_range(cluster, run_end, cluster_size, source.size_bytes)
             if zero:
                 if in_place:
+                    writing = True
                     before_write()
                     make_zero(target_fd, offset, length)
                 result.add(cluster, run_end, ZERO)
             else:
+                held = source.private_copy(offset, length) if manifest_fd >= 0 else None
+                writing = True
                 before_write()
-                if manifest_fd >= 0:
-                    held = source.private_copy(offset, length)
+                if held is not None:
                     write_fully(target_fd, held, offset)
                     pieces = [held[start : start + cluster_size] for start in range(0, length, cluster_size)]
                     # After the data: a word that is there is right for what the target holds.
@@ -130,15 +137,19 @@ def copy_run(
                 result.written_bytes += length
                 result.add(cluster, run_end, copied_state)
             cluster = run_end
+        writing = False
         _check_size(source)
     except OSError as error:
         size = _size_now(source)
         result.error = _explain(error, source, size)
         result.failed_cluster = cluster
+        # A write from a mapping that can't be read says EFAULT.
+        result.from_source = not writing or error.errno == errno.EFAULT
         if size < source.size_bytes:
             # What was read may have been beyond its end: nothing of this run counts.
             result.runs.clear()
             result.failed_cluster = first
+            result.from_source = True
     return result
 
 
@@ -202,4 +213,6 @@ def _explain(error: OSError, source: Source, size: int) -> OSError:
     """A source that was truncated shows as EFAULT of a write from its mapping, or as a SIGBUS of the zero test."""
     if error.errno in (errno.EFAULT, errno.EIO) and 0 <= size < source.size_bytes:
         return OSError(errno.EIO, f"the source was truncated to {size} bytes")
+    if error.errno == errno.EFAULT:
+        return OSError(errno.EIO, "the source can't be read")
     return error

@@ -39,7 +39,8 @@ from shmcbw.errors import CutAbandonedError, ShmcbwError
 from shmcbw.sizes import format_ns, format_size
 
 from .coordinator import Coordinator
-from .jobs import CONCLUDED, RUNNING, Job
+from .job_states import CONCLUDED, RUNNING
+from .jobs import Job
 from .stamps import BLOCK_SIZE, UNIT_BLOCKS_MAX, Layout, Log, LogWriter, Verdict, check, make_image, make_unit
 
 IMAGE, BACKUP, CP, PLAN, STOP, RESULT = "disk.img", "backup.img", "cp.img", "plan.json", "stop", "demo.json"

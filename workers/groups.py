@@ -14,6 +14,7 @@ wrong on the way leaves nothing behind on any image.  A single backup is a group
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import KW_ONLY, dataclass
@@ -23,11 +24,15 @@ from shmcbw import states
 from shmcbw.epochs import epoch
 from shmcbw.layout import GROUP_MEMBERS_MAX
 
+from .completion import JobTransaction
 from .cut import take_cut
+from .error_actions import ACTIONS, REPORT
 from .jobs import Job
 
 if TYPE_CHECKING:
     from .coordinator import Coordinator, CoordinatorSnapshot
+
+_JOB_ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 
 #: Entered before a cut and left after it.
 Quiesce = AbstractContextManager[object]
@@ -49,6 +54,14 @@ class Request:
     bitmap_mode: str | None = None
     in_place: bool = False
     manifest: bool = False
+    job_id: str | None = None
+    auto_finalize: bool = True
+    auto_dismiss: bool | None = None
+    on_source_error: str = REPORT
+    on_target_error: str = REPORT
+    max_workers: int = 64
+    max_chunk: int = 0
+    transaction: JobTransaction | None = None
 
     job: ClassVar[bool]
 
@@ -61,6 +74,18 @@ class Request:
             raise ValueError(f"speed: {self.speed} bytes a second is not in 0..2^62")
         if not 0 <= self.cbw_timeout <= 1e9:
             raise ValueError(f"cbw_timeout: {self.cbw_timeout} s is not in 0..1e9")
+        if self.job_id is not None and not _JOB_ID.fullmatch(self.job_id):
+            raise ValueError(f"Invalid job ID '{self.job_id}'")
+        for name in ("on_source_error", "on_target_error"):
+            if getattr(self, name) not in ACTIONS:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is none of {', '.join(ACTIONS)}")
+        if not 1 <= self.max_workers <= 2**31 - 1:
+            raise ValueError("max-workers must be between 1 and 2147483647")
+        if not 0 <= self.max_chunk < 1 << 62:
+            raise ValueError("max-chunk must be zero (which means no limit) or positive")
+        cluster_size = self.coordinator.segment.geometry.cluster_size
+        if 0 < self.max_chunk < cluster_size:
+            raise ValueError(f"Required max-chunk ({self.max_chunk}) is less than backup cluster size ({cluster_size})")
 
 
 class Backup(Request):
@@ -96,6 +121,10 @@ def take_group(
     if len(requests) > GROUP_MEMBERS_MAX:
         raise ValueError(f"a group of {len(requests)}: at most {GROUP_MEMBERS_MAX} snapshots can share a cut")
     with ExitStack() as ends, ExitStack() as undo:
+        for transaction in {id(each.transaction): each.transaction for each in requests}.values():
+            if transaction is not None:
+                transaction.expect(sum(each.transaction is transaction for each in requests))
+                undo.callback(transaction.expect_none)
         entries = []
         for owner in also:
             ends.enter_context(owner.kept_open())
@@ -125,7 +154,7 @@ def take_group(
         kept: dict[int, Job | CoordinatorSnapshot] = {}
         for number, request in sorted(enumerate(requests), key=lambda pair: pair[1].job):
             if request.job:
-                kept[number] = request.coordinator.add_job(entries[number], request.sync)
+                kept[number] = request.coordinator.add_job(entries[number], request)
             else:
                 kept[number] = snapshot = request.coordinator.add_snapshot(entries[number])
                 undo.callback(snapshot.close)

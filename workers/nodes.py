@@ -22,7 +22,7 @@ from shmcbw.errors import ShmcbwError
 from shmcbw.image import Identity, ImageFile
 
 from .coordinator import Coordinator, CoordinatorSnapshot
-from .jobs import CONCLUDED
+from .job_states import CONCLUDED
 from .qmp.schema import QMPError
 
 log = logging.getLogger("shmcbw")

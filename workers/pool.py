@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable
 
 from shmcbw import _core
-from shmcbw.bitmap import Bitmap
+from shmcbw.bitmap import PENDING, Bitmap
 from shmcbw.errors import PoolError
 from shmcbw.failpoints import hit, index_of
 from shmcbw.layout import SNAPSHOT_COUNT, Header, Snapshot, Worker
@@ -188,6 +188,8 @@ class Pool:
 
     def _return_claims_in(self, index: int, worker_id: int) -> None:
         segment = self._segment
+        turns = segment.geometry.snapshot(index, Snapshot.turns)
+        _core.exchange(segment.memory, turns, turns + Snapshot.turns.size, worker_id, PENDING)
         try:
             bitmap = Bitmap.attach(segment, segment.snapshot(index, Snapshot.serial))
         except FileNotFoundError:

@@ -8,7 +8,8 @@ import time
 from shmcbw.errors import ShmcbwError
 from shmcbw.sizes import format_size
 
-from .jobs import CONCLUDED, Job
+from .job_states import CONCLUDED
+from .jobs import Job
 
 LOOK_S = 0.1
 

@@ -145,14 +145,14 @@ class TargetFile:
             return found
         return None
 
-    def sync(self, size_bytes: int) -> None:
-        """fdatasync, by the descriptor that was open all along: the first failure is final, never tried again.
+    @property
+    def is_named(self) -> bool:
+        """Whether it is where it will be."""
+        return self.working_path == self.path
 
-        OSError, too, if the file has not the size of the image any more.
-        """
-        os.fdatasync(self.fd)
-        # Last: a sync may take long.
-        check_target(self.fd, size_bytes)
+    def sync(self, size_bytes: int) -> None:
+        """`sync_file` of this target."""
+        sync_file(self.fd, size_bytes)
 
     def finish(self, reached: Callable[[], None] = lambda: None) -> None:
         """Give the complete and synced file its name; FileExistsError if one has appeared there meanwhile.
@@ -232,6 +232,16 @@ class TargetFile:
         if self.fd >= 0:
             fd, self.fd = self.fd, -1
             close_descriptor(fd)
+
+
+def sync_file(fd: int, size_bytes: int) -> None:
+    """fdatasync, by an open file that was there all along: the first failure is final, never tried again.
+
+    OSError, too, if the file has not the size of the image any more.
+    """
+    os.fdatasync(fd)
+    # Last: a sync may take long.
+    check_target(fd, size_bytes)
 
 
 def _close_in_child() -> None:

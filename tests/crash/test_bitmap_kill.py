@@ -171,8 +171,8 @@ def is_finished(service: Service, target: Path, changed: set[int]) -> bool:
     return False
 
 
-#: Journal: the first one is the file of a set, the second the journal itself.
-RESTS = [("increment.sealed", 0), ("journal.renamed", 0), ("journal.renamed", 1), ("coordinator.freed", 0)]
+#: Journal: the first one is the job's result, then the file of a set, then the journal with the new bitmap.
+RESTS = [("increment.sealed", 0), *(("journal.renamed", skip) for skip in range(3)), ("coordinator.freed", 0)]
 REST_ROUNDS = [(point, skip, in_place) for point, skip in RESTS for in_place in (False, True)]
 if os.environ.get("SHMCBW_MATRIX") != "all":
     REST_ROUNDS = sorted(random.Random(SEED).sample(REST_ROUNDS, 4))

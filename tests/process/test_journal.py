@@ -178,6 +178,7 @@ def test_somebody_elses_file_is_ignored_and_keeps_nothing_alive(image: Path) -> 
         os.chown(file, 12345, 12345)
         assert not has_journal(coordinator._segment)
         assert not any(Journal(coordinator._segment).document.values())
+        forget(coordinator)
 
 
 def test_it_has_the_segments_mode_and_group(image: Path) -> None:

@@ -276,6 +276,9 @@ class Role:
         if name in self.hanging:
             return
         self.hanging.add(name)
+        # It may end at this moment.
+        if job._entry is None:
+            return
         counts = job._entry.bitmap.counts()
         owners = sorted(set(job._entry.bitmap.memory[:]) - {0, 240, 241, 242, 243})
         workers = [(worker["id"], worker["pid"]) for worker in self.coordinator.status()["workers"]]
