@@ -118,6 +118,17 @@ def file_size(fd: int) -> int:
     return status.st_size if stat.S_ISREG(status.st_mode) else os.lseek(fd, 0, os.SEEK_END)
 
 
+def read_fully(fd: int, length: int, offset: int) -> bytes:
+    """``length`` bytes, in however many reads: one may give less than there is.  Fewer: the file ends there."""
+    data = os.pread(fd, length, offset)
+    while len(data) < length:
+        more = os.pread(fd, length - len(data), offset + len(data))
+        if not more:
+            break
+        data += more
+    return data
+
+
 def next_data(fd: int, offset: int, size_bytes: int) -> int:
     """The first byte from ``offset`` on that is not in a hole, or ``size_bytes``."""
     try:

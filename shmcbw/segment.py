@@ -478,7 +478,11 @@ def attach(image: ImageFile) -> Segment:
         segment = attach_named(image.identity, image.owner)
         sizes = segment.geometry.image_size, segment.header(Header.resize_to)
         # After the two words: a resize stores the one, resizes the file, stores the other.
-        image.size_bytes = file_size(image.fd)
+        try:
+            image.size_bytes = file_size(image.fd)
+        except BaseException:
+            segment.close()
+            raise
         resized = sizes != (segment.header(Header.image_size), segment.header(Header.resize_to))
         problem = ""
         if image.size_bytes not in (sizes[0], max(sizes)):

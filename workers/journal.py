@@ -28,7 +28,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from shmcbw.errors import ForeignSegmentError
+from shmcbw.errors import ForeignSegmentError, naming
 from shmcbw.failpoints import hit, index_of
 from shmcbw.image import close_descriptor
 from shmcbw.layout import Header
@@ -37,6 +37,9 @@ from shmcbw.segment import JOURNAL_SUFFIX, SHM, Segment
 log = logging.getLogger("shmcbw")
 
 _WRITTEN, _RENAMED = index_of("journal.written"), index_of("journal.renamed")
+
+#: Errors that say nothing of the file: who starts in spite of one would forget what a later start can read.
+OF_THE_MOMENT = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EIO}
 
 SECTIONS = ("jobs", "bitmaps", "nodes")
 SIZE_MAX_BYTES = 16 << 20
@@ -92,6 +95,8 @@ class Journal:
         except FileNotFoundError:
             return b""
         except OSError as error:
+            if error.errno in OF_THE_MOMENT:
+                raise
             log.warning("the journal of %s is ignored: %s", self._segment.name, error)
             return b""
 
@@ -138,6 +143,11 @@ def replace_file(segment: Segment, suffix: str, data: bytes) -> None:
     OSError: nothing has changed.
     """
     final = file_path(segment, suffix)
+    with naming(final, "can't be stored"):
+        _replace(segment, suffix, data, final)
+
+
+def _replace(segment: Segment, suffix: str, data: bytes, final: str) -> None:
     temporary = final + ".new"
     status = os.fstat(segment.fd)
     remove_file(segment, suffix + ".new")

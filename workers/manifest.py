@@ -41,7 +41,7 @@ from dataclasses import dataclass, field, fields, replace
 import xxhash
 
 from shmcbw.errors import ManifestError
-from shmcbw.image import Identity, close_descriptor
+from shmcbw.image import Identity, close_descriptor, read_fully
 from shmcbw.points import Point
 from shmcbw.snapshots import PARTIAL_SUFFIX as PARTIAL_SUFFIX
 
@@ -194,7 +194,7 @@ class Manifest:
         flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         fd = os.open(path, flags)
         try:
-            description, state = Description.unpack(os.pread(fd, HEADER_BYTES, 0), path)
+            description, state = Description.unpack(read_fully(fd, HEADER_BYTES, 0), path)
             wanted = HEADER_BYTES + WORD_BYTES * description.clusters
             if (size := os.fstat(fd).st_size) != wanted:
                 raise ManifestError(f"{path} is damaged: it has {size} bytes, not {wanted}")
@@ -262,7 +262,7 @@ class Manifest:
         """The words of clusters first..end, with the kind's default put in."""
         found = array.array("Q")
         length = WORD_BYTES * (end - first)
-        data = os.pread(self.fd, length, HEADER_BYTES + WORD_BYTES * first)
+        data = read_fully(self.fd, length, HEADER_BYTES + WORD_BYTES * first)
         if len(data) != length:
             raise ManifestError(f"{self.path} was truncated")
         if not any(data):
@@ -290,7 +290,7 @@ class Manifest:
         nothing = bytes(WORD_BYTES * _CHUNK_WORDS)
         for first in range(0, clusters, _CHUNK_WORDS):
             count = min(_CHUNK_WORDS, clusters - first)
-            data = os.pread(self.fd, WORD_BYTES * count, HEADER_BYTES + WORD_BYTES * first)
+            data = read_fully(self.fd, WORD_BYTES * count, HEADER_BYTES + WORD_BYTES * first)
             digest.update(data)
             if data == nothing:
                 blank = count
@@ -336,7 +336,7 @@ class Manifest:
                 data = os.pread(other.fd, min(1 << 20, end - position), position)
                 if not data:
                     raise ManifestError(f"{other.path} was truncated")
-                os.pwrite(self.fd, data, position)
+                _write_fully(self.fd, data, position)
                 position += len(data)
 
     def put(self, first: int, words: array.array[int]) -> None:

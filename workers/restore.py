@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 
 from shmcbw.clusters import byte_range
 from shmcbw.errors import ChainError, TargetRefusedError, VerificationError
-from shmcbw.image import Identity, ImageFile
+from shmcbw.image import Identity, ImageFile, read_fully
 
 from .copying import write_fully
 from .manifest import (
@@ -201,7 +201,7 @@ def _copy(elements: list[_Element], target: TargetFile, first: int, words: array
             stop += 1
         image_size = elements[owner].description.image_size
         offset, length = byte_range(first + position, first + stop, size, image_size)
-        data = memoryview(os.pread(elements[owner].file.fd, length, offset))
+        data = memoryview(read_fully(elements[owner].file.fd, length, offset))
         for index in range(stop - position):
             if checksum(data[index * size : (index + 1) * size]) != words[position + index]:
                 bad = byte_range(first + position + index, first + position + index + 1, size, image_size)

@@ -16,7 +16,8 @@ import logging
 import os
 import stat
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 from shmcbw import _core
@@ -167,8 +168,9 @@ class TargetFile:
         try:
             if self.working_path != self.path:
                 self._rename(reached)
-            if self.manifest is not None and self.manifest.state != FINISHED:
-                self.manifest.set_state(FINISHED)
+            with _complete("its manifest does not say so"):
+                if self.manifest is not None and self.manifest.state != FINISHED:
+                    self.manifest.set_state(FINISHED)
             _sync_directory(directory)
         finally:
             close_descriptor(directory)
@@ -306,17 +308,22 @@ def is_file(path: str, identity: Identity) -> bool:
 
 
 def _sync_directory(directory: int) -> None:
+    with _complete("its directory can't be synced: after a power failure it may not be there"):
+        try:
+            os.fsync(directory)
+        except OSError as error:
+            # EINVAL: what a file system says that can't sync directories.
+            if error.errno != errno.EINVAL:
+                raise
+
+
+@contextmanager
+def _complete(but: str) -> Iterator[None]:
+    """An OSError of what comes after the name says that the target has it."""
     try:
-        os.fsync(directory)
+        yield
     except OSError as error:
-        # What a file system says that can't sync directories.
-        if error.errno == errno.EINVAL:
-            return
-        raise OSError(
-            error.errno,
-            f"it is complete and has its name, but its directory can't be synced ({error.strerror}): "
-            "after a power failure it may not be there",
-        ) from error
+        raise OSError(error.errno, f"it is complete and has its name, but {but} ({error.strerror})") from error
 
 
 def _remove_own(working: str, identity: Identity) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from shmcbw import _core
 from shmcbw.clusters import byte_range
-from shmcbw.image import HONEST_HOLES, close_descriptor, next_data
+from shmcbw.image import HONEST_HOLES, close_descriptor, next_data, read_fully
 
 from .manifest import CHECKSUM_MIN, KINDS, PARTIAL_SUFFIX, ZERO, Manifest, checksum
 
@@ -111,11 +111,11 @@ class _Check:
             self.zero += length
             if self._is_hole(cluster, cluster + 1):
                 return
-            data = os.pread(self.fd, length, offset)
+            data = read_fully(self.fd, length, offset)
             good = len(data) == length and not any(data)
         else:
             self.checked += length
-            data = os.pread(self.fd, length, offset)
+            data = read_fully(self.fd, length, offset)
             good = len(data) == length and checksum(data) == word
         if good:
             return

@@ -82,8 +82,8 @@ class Part:
 
     # -- the coordinator -------------------------------------------------------------------------------------------
 
-    def start(self, image: str) -> dict[str, int]:
-        self.coordinator = Coordinator(image, workers=2, slots=4, drain_limit=2.0)
+    def start(self, image: str, state: str | None = None) -> dict[str, int]:
+        self.coordinator = Coordinator(image, workers=2, slots=4, drain_limit=2.0, state_dir=state)
         self.job = next(iter(self.coordinator.jobs), None)
         self.snapshot_ = next(iter(self.coordinator.snapshots), None)
         return {"jobs": len(self.coordinator.jobs), "snapshots": len(self.coordinator.snapshots)}
@@ -94,11 +94,28 @@ class Part:
             self.snapshot_ = self.coordinator.snapshot(scratch, cbw_timeout=TIMEOUT_S)
         return instants
 
-    def backup(self, target: str, speed: int) -> list[int]:
+    def backup(
+        self, target: str, speed: int, sync: str = "full", bitmap: str | None = None, mode: str | None = None
+    ) -> list[int]:
         assert self.coordinator is not None
         with _between() as instants:
-            self.job = self.coordinator.backup(target, speed=speed, cbw_timeout=TIMEOUT_S)
+            self.job = self.coordinator.backup(
+                target, speed=speed, cbw_timeout=TIMEOUT_S, sync=sync, bitmap=bitmap, bitmap_mode=mode
+            )
         return instants
+
+    def add_bitmap(self, name: str) -> None:
+        assert self.coordinator is not None
+        self.coordinator.bitmaps.add(name, persistent=True)
+
+    def remove_bitmap(self, name: str) -> None:
+        assert self.coordinator is not None
+        self.coordinator.bitmaps.remove(name)
+
+    def bitmaps(self) -> dict[str, bool]:
+        """Names, and whether an increment can be made of each."""
+        assert self.coordinator is not None
+        return {name: not bitmap.inconsistent for name, bitmap in self.coordinator.bitmaps.items()}
 
     def speed(self, speed: int) -> None:
         assert self.job is not None

@@ -20,7 +20,7 @@ SOURCE = Path(__file__).with_name("shim.c")
 
 _RULE = struct.Struct("<6I4Q")
 _PATH_BYTES = 512
-_COUNTS_OFFSET = _RULE.size + 2 * _PATH_BYTES
+_COUNTS_OFFSET = _RULE.size + 3 * _PATH_BYTES
 _ACTION = struct.Struct("<I")
 _FIRED = struct.Struct("<Q")
 _FIRED_OFFSET = 48
@@ -78,10 +78,13 @@ class Layer:
         """What makes a process, and the workers that it starts, go through the layer."""
         return {"LD_PRELOAD": str(self._library), "SHMCBW_FAULTS": str(self._file), "SHMCBW_FAULTS_ROLE": role}
 
-    def watch(self, image: Path, targets: Path) -> None:
-        """Whose calls are of interest from now on: an image, and a directory of targets.  Counters begin at zero."""
+    def watch(self, image: Path, targets: Path, state: Path) -> None:
+        """Whose calls are of interest from now on: an image, and directories of targets and of saved bitmaps.
+
+        Counters begin at zero.
+        """
         self.disarm()
-        for index, path in enumerate((image, targets)):
+        for index, path in enumerate((image, targets, state)):
             name = os.fsencode(os.path.realpath(path))
             place = _RULE.size + index * _PATH_BYTES
             self._memory[place : place + _PATH_BYTES] = name.ljust(_PATH_BYTES, b"\0")

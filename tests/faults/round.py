@@ -11,8 +11,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +29,18 @@ LONGEST_S = TIMEOUT_S + 10
 REMOVALS = {"unlink", "shm_unlink", "sem_unlink", "opendir", "stat"}
 
 
-#: plain: from the first coordinator to the last.  adopting: the first one was killed with a snapshot and a backup under
-#: way.  dying: so is each worker, again and again.
-SCENARIOS = ("plain", "adopting", "dying")
-
-
 class Stage:
-    """The processes that play rounds of one scenario."""
+    """The processes that play rounds of one scenario.
 
-    def __init__(self, directory: Path, layer: Layer, scenario: str) -> None:
+    plain: from the first coordinator to the last.  adopting: the first one was killed with a snapshot and a backup
+    under way.  dying: so is each worker, again and again.  chain: a bitmap, a full backup, increments (`chain.py`).
+    """
+
+    def __init__(self, directory: Path, layer: Layer, scenario: str, kind: type[Round]) -> None:
         self.directory = directory
         self.layer = layer
         self.scenario = scenario
+        self._kind = kind
         self.log = directory / "stderr"
         #: What a process keeps once it has played a round that nothing went wrong in.
         self.holdings: dict[str, list[str]] = {}
@@ -64,7 +62,7 @@ class Stage:
             self.play(None, seed)
         self._rounds += 1
         directory = self.directory / f"round{self._rounds}"
-        round_ = Round(self, directory, fault, seed)
+        round_ = self._kind(self, directory, fault, seed)
         try:
             round_.play()
         except AssertionError:
@@ -98,7 +96,8 @@ class Round:
         self.image = directory / "disk.img"
         self.targets = directory / "targets"
         self.logs = directory / "logs"
-        for path in (directory, self.targets, self.logs):
+        self.state = directory / "state"
+        for path in (directory, self.targets, self.logs, self.state):
             path.mkdir()
         self.layout = layout_of(seed)
         make_image(self.image, self.layout)
@@ -107,11 +106,13 @@ class Round:
         self.fired = 0
         self.disturbed = False
         self._cuts: dict[str, list[int]] = {}
+        #: What may be in the targets' directory at the end.
+        self._kept = {"out"}
 
     # -- the play --------------------------------------------------------------------------------------------------
 
     def play(self) -> None:
-        self.layer.watch(self.image, self.targets)
+        self.layer.watch(self.image, self.targets, self.state)
         adopting = self.stage.scenario == "adopting"
         first = self._begin_with_another_coordinator() if adopting else None
         if self.fault is not None:
@@ -161,14 +162,14 @@ class Round:
         """It has a snapshot and a backup under way, and is killed; the writer stays."""
         first = Actor(self.stage.log)
         try:
-            _good(first.play("start", image=str(self.image)))
+            good(first.play("start", image=str(self.image)))
             writer = self.stage.writer
-            _good(writer.play("open", **self._opening()))
-            _good(writer.play("write", count=WRITES))
-            _good(writer.play("go"))
-            self._cuts["scratch"] = _good(first.play("snapshot", scratch=str(self.targets / "scratch")))
-            self._cuts["out"] = _good(first.play("backup", target=str(self.targets / "out"), speed=1))
-            _good(writer.play("write", count=WRITES))
+            good(writer.play("open", **self._opening()))
+            good(writer.play("write", count=WRITES))
+            good(writer.play("go"))
+            self._cuts["scratch"] = good(first.play("snapshot", scratch=str(self.targets / "scratch")))
+            self._cuts["out"] = good(first.play("backup", target=str(self.targets / "out"), speed=1))
+            good(writer.play("write", count=WRITES))
         finally:
             first.process.kill()
             first.process.wait()
@@ -203,20 +204,20 @@ class Round:
     def _play_again(self) -> None:
         """A fresh coordinator, without faults, works; what was left is its to clear."""
         actor = self.stage.coordinator
-        _good(actor.play("close"))
-        _good(actor.play("start", image=str(self.image)))
-        _good(self.stage.writer.play("open", **self._opening()))
-        _good(self.stage.writer.play("write", count=WRITES))
+        good(actor.play("close"))
+        good(actor.play("start", image=str(self.image)))
+        good(self.stage.writer.play("open", **self._opening()))
+        good(self.stage.writer.play("write", count=WRITES))
         (self.targets / "out").unlink(missing_ok=True)
-        _good(actor.play("snapshot", scratch=str(self.targets / "scratch")))
-        self._cuts["out"] = _good(actor.play("backup", target=str(self.targets / "out"), speed=0))
-        _good(self.stage.writer.play("write", count=WRITES))
-        _good(actor.play("wait", timeout=40))
-        _good(actor.play("drop"))
-        violations = _good(actor.play("violations"))
+        good(actor.play("snapshot", scratch=str(self.targets / "scratch")))
+        self._cuts["out"] = good(actor.play("backup", target=str(self.targets / "out"), speed=0))
+        good(self.stage.writer.play("write", count=WRITES))
+        good(actor.play("wait", timeout=40))
+        good(actor.play("drop"))
+        violations = good(actor.play("violations"))
         assert violations == [], violations
-        _good(self.stage.writer.play("leave"))
-        _good(actor.play("close"))
+        good(self.stage.writer.play("leave"))
+        good(actor.play("close"))
         self._judge_copy(self.targets / "out", self._cuts["out"])
 
     # -- one operation ---------------------------------------------------------------------------------------------
@@ -267,7 +268,7 @@ class Round:
     def _value(self, actor: Actor, do: str) -> Any:
         """Ask for something that needs no fault: the fault rests."""
         self._lift()
-        return _good(actor.play(do))
+        return good(actor.play(do))
 
     def _lift(self) -> None:
         self.layer.disarm()
@@ -298,9 +299,9 @@ class Round:
 
     def _look_for_leftovers(self) -> None:
         wait_for(lambda: not self._names(), f"nothing of {self.image} is left in {SHM}")
-        assert set(self._listing()) <= {"out"}, f"left: {self._listing()}"
+        assert set(self._listing()) <= self._kept, f"left: {self._listing()}"
         for role, actor in (("coordinator", self.stage.coordinator), ("writer", self.stage.writer)):
-            holdings = _good(actor.play("holdings"))
+            holdings = good(actor.play("holdings"))
             if self.fault is None:
                 self.stage.holdings.setdefault(role, holdings)
             before = self.stage.holdings[role]
@@ -317,18 +318,7 @@ class Round:
             (SHM / name).unlink(missing_ok=True)
 
 
-def _good(answer: Answer) -> Any:
+def good(answer: Answer) -> Any:
+    """What an operation gives that nothing makes fail."""
     assert answer.good, f"without a fault: {answer}"
     return answer.value
-
-
-@contextmanager
-def staged(directory: Path, scenario: str) -> Iterator[Stage]:
-    """A stage whose processes and layer are gone afterwards."""
-    layer = Layer(directory)
-    stage = Stage(directory, layer, scenario)
-    try:
-        yield stage
-    finally:
-        stage.end()
-        layer.close()

@@ -41,7 +41,9 @@
     X(fsync) X(sync_file_range) X(lseek) X(mmap) X(dup) X(lock) X(getlock) X(flock) X(link) X(rename) X(unlink)        \
     X(stat) X(fstat) X(statx) X(statvfs) X(fstatvfs) X(fstatfs) X(access) X(chmod) X(fchmod) X(chown) X(fchown)        \
     X(opendir) X(shm_open) X(shm_unlink) X(sem_open) X(sem_unlink) X(sem_wait) X(sem_post) X(pipe)
-#define CLASSES(X) X(none) X(source) X(target) X(directory) X(segment) X(bitmap) X(semaphore) X(names) X(process)
+#define CLASSES(X)                                                                                                     \
+    X(none) X(source) X(target) X(manifest) X(directory) X(state) X(segment) X(bitmap) X(journal) X(semaphore)         \
+    X(names) X(process)
 #define ROLES(X) X(coordinator) X(worker) X(writer)
 
 #define AS_CALL(name) CALL_##name,
@@ -74,6 +76,7 @@ struct control {
     _Atomic uint64_t fired;
     char image[PATH_BYTES];
     char targets[PATH_BYTES]; /* the directory of the targets */
+    char state[PATH_BYTES];   /* that of saved bitmaps */
     _Atomic uint64_t counts[ROLE_COUNT][CALL_COUNT][CLASS_COUNT];
 };
 
@@ -137,14 +140,22 @@ static enum class class_of_name(const char *name, bool semaphore)
         return class_of_name(name + 4, true);
     if (!begins(name, "shmcbw-"))
         return CLASS_none;
-    return strchr(name, '.') != NULL ? CLASS_bitmap : CLASS_segment;
+    const char *suffix = strchr(name, '.');
+    if (suffix == NULL)
+        return CLASS_segment;
+    return begins(suffix, ".state") ? CLASS_journal : CLASS_bitmap;
 }
 
 static enum class class_of_fd(int fd);
 
+static bool is_below(const char *path, const char *directory)
+{
+    size_t length = strlen(directory);
+    return length != 0 && begins(path, directory) && path[length] == '/';
+}
+
 static enum class class_of_path(const char *path)
 {
-    size_t length = strlen(control->targets);
     if (begins(path, "/proc/self/fd/"))
         return class_of_fd(atoi(path + strlen("/proc/self/fd/")));
     if (strcmp(path, "/dev/shm") == 0)
@@ -155,8 +166,14 @@ static enum class class_of_path(const char *path)
         return CLASS_source;
     if (strcmp(path, control->targets) == 0)
         return CLASS_directory;
-    if (length != 0 && begins(path, control->targets) && path[length] == '/')
-        return CLASS_target;
+    if (is_below(path, control->state) || strcmp(path, control->state) == 0)
+        return CLASS_state;
+    if (is_below(path, control->targets)) {
+        /* TARGET.shmcbw, TARGET.shmcbw.shmcbw-partial; but TARGET.shmcbw-partial is the target. */
+        const char *suffix = strstr(path + strlen(control->targets), ".shmcbw");
+        bool manifest = suffix != NULL && (suffix[7] == '\0' || suffix[7] == '.');
+        return manifest ? CLASS_manifest : CLASS_target;
+    }
     if (strcmp(path, "/dev/null") == 0 || begins(path, "/proc/"))
         return CLASS_process;
     return CLASS_none;
