@@ -442,14 +442,17 @@ class Bitmaps(Mapping[str, DirtyBitmap]):
             for bitmap in packed.values():
                 if bitmap.persistent and not bitmap.inconsistent:
                     bitmap.kept = bitmap.dirty(self.epochs)
-            with self._journal.change() as document:
-                document["bitmaps"] = {}
+            # Where there is none nothing is stored: it would be us who keep the segment alive.
+            if self._journal.document["bitmaps"]:
+                with self._journal.change() as document:
+                    document["bitmaps"] = {}
             return packed
 
     def put_back(self) -> None:
         """The segment goes on without a coordinator: the journal knows them again."""
         with self._lock:
-            self._store(dict(self._bitmaps))
+            if self._bitmaps:
+                self._store(dict(self._bitmaps))
 
     def _read_set(self, number: int) -> DirtySet:
         size = self.epochs.size_bytes
