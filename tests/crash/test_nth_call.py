@@ -33,11 +33,12 @@ AT_LEAST = 2
 
 
 def play(stage: Stage, some: Sequence[Fault], limit_s: float = float("inf")) -> list[Fault]:
-    """Play faults, at least the first few and not longer than the limit; those that came to be."""
+    """Play faults, until the limit and a few that came to be; those that did."""
     deadline = time.monotonic() + limit_s
-    fired, wrong = [], []
-    for number, fault in enumerate(some):
-        if number >= AT_LEAST and time.monotonic() > deadline:
+    fired: list[Fault] = []
+    wrong: list[str] = []
+    for fault in some:
+        if len(fired) + len(wrong) >= AT_LEAST and time.monotonic() > deadline:
             break
         try:
             if stage.play(fault, SEED).fired:
