@@ -337,6 +337,8 @@ class Disk(_core.Filter):
             if self._closed:
                 raise ClosedError(f"{self.path}: the disk is closed")
             if self._segment is None:
+                # What a fork in the middle of a write has left.
+                self._release(_RELEASE_INSIDE)
                 with naming(self.path, "its shared memory can't be used"):
                     self._attach()
         if for_writing and getattr(self._local, "lease", None) is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,14 @@ settings.register_profile("shmcbw", deadline=None)
 settings.load_profile("shmcbw")
 
 SHM = Path("/dev/shm")
+
+
+#: Of random tests; the same again with the same value in the environment.
+SEED = int(os.environ.get("SHMCBW_SEED", "0")) or random.SystemRandom().randrange(1, 2**31)
+
+
+def pytest_report_header() -> str:
+    return f"SHMCBW_SEED={SEED}"
 
 
 def _names() -> set[str]:

@@ -109,6 +109,7 @@ struct filter {
     size_t busy; /* calls inside, changed with the GIL held */
     struct detour *detours;
     unsigned long closing_thread; /* whose outermost write finishes a close that came in a detour; 0: none */
+    unsigned int forks; /* in how many generations of children we are: a handler may fork in the middle of a write */
 };
 
 struct request {
@@ -358,6 +359,7 @@ static int await_copies(struct filter *self, struct thread_slot *thread, struct 
     uint32_t sequence;
     int index = 0, result = 0, late = -1;
     enum waited waited = WAITED_BLOCKED;
+    unsigned int forks = self->forks;
 
     if (request->wait_started_ns == 0)
         request->wait_started_ns = now_ns();
@@ -423,6 +425,8 @@ static int await_copies(struct filter *self, struct thread_slot *thread, struct 
             result = -1;
             break;
         }
+        if (forks != self->forks)
+            break;
         /* A handler that wrote through this handle has used the slot: ask again. */
         if (self->open && atomic_load(slot_word32(shared, slot, shared->want_sequence)) != sequence) {
             publish_want(shared, slot, first, end, &sequence);
@@ -437,15 +441,19 @@ static int await_copies(struct filter *self, struct thread_slot *thread, struct 
             break;
         }
     }
-    withdraw_want(shared, slot, sequence);
-    failed |= reach(self, failpoints_armed(self), WRITER_READY, request);
+    /* By a handler: we are the child, and the slot is our parent's.  The write starts over, with one of its own. */
+    bool forked = forks != self->forks;
+    if (!forked) {
+        withdraw_want(shared, slot, sequence);
+        failed |= reach(self, failpoints_armed(self), WRITER_READY, request);
+    }
     uint32_t late_serial = 0;
     if (late >= 0 && bitmaps[late] != NULL)
         late_serial = bitmaps[late]->serial;
     for (int i = 0; i < SNAPSHOT_COUNT; i++)
         if (bitmaps[i] != NULL)
             bitmap_release(bitmaps[i]);
-    if (result != 0 || !self->open)
+    if (result != 0 || !self->open || forked)
         return result;
     if (failed)
         return fail(self, request);
@@ -473,9 +481,10 @@ static int wait_gate(struct filter *self, struct thread_slot *thread, uint32_t e
     atomic_store(asleep, 0);
     still = atomic_load(shared->epoch) == epoch;
     Py_END_ALLOW_THREADS
+    unsigned int forks = self->forks;
     if (handle_signals(self) != 0)
         return -1;
-    if (still && slept == ETIMEDOUT)
+    if (still && slept == ETIMEDOUT && forks == self->forks)
         return resolve_write(self, REASON_GATED, 0, epoch, 0);
     return 0;
 }
@@ -914,6 +923,23 @@ static PyObject *filter_defer_close(PyObject *object, PyObject *unused)
     Py_RETURN_TRUE;
 }
 
+/* In a forked child: of the calls that were inside only those of this thread exist; how many. */
+static size_t forget_other_threads(struct filter *self)
+{
+    self->closing_thread = 0;
+    self->forks++;
+    self->busy = 0;
+    for (struct detour **link = &self->detours; *link != NULL;) {
+        if ((*link)->thread == PyThread_get_thread_ident()) {
+            self->busy++;
+            link = &(*link)->next;
+        } else {
+            *link = (*link)->next;
+        }
+    }
+    return self->busy;
+}
+
 enum release_mode {
     RELEASE_IDLE = 0,   /* nobody may be inside */
     RELEASE_INSIDE = 1, /* called by _resolve to attach anew: readers may be inside, their mapping stays */
@@ -929,10 +955,11 @@ static PyObject *filter_release(PyObject *object, PyObject *argument)
     if (self->busy != 0 && mode == RELEASE_IDLE)
         return PyErr_Format(PyExc_ValueError, "release: %zu calls are inside", self->busy);
     self->open = false;
-    if (mode == RELEASE_FORKED) {
-        self->busy = 0;
-        self->detours = NULL;
-        self->closing_thread = 0;
+    if (mode == RELEASE_FORKED && forget_other_threads(self) != 0) {
+        /* The fork was in the middle of a write, by the handler of a signal: the write goes on in the child too, and
+         * has everything cleared when it attaches anew. */
+        self->open = false;
+        Py_RETURN_NONE;
     }
     clear(self);
     Py_RETURN_NONE;

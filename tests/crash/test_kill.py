@@ -19,12 +19,11 @@ from shmcbw.invariants import check
 from shmcbw.layout import Slot
 from shmcbw.segment import attach, slot_byte, worker_byte
 from shmcbw.workers import Coordinator
-from tests.conftest import wait_for
+from tests.conftest import SEED, wait_for
 from tests.lateness import Lateness
 from tests.processes import continue_all, running, stop_all, write_forever, write_once
 
 SIZE = 8 << 20
-SEED = int(os.environ.get("SHMCBW_SEED", "0")) or random.SystemRandom().randrange(1, 2**31)
 
 
 def worker_pids(coordinator: Coordinator) -> list[int]:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from shmcbw.failpoints import POINTS
-from tests.conftest import leaving_nothing_behind, wait_for
+from tests.conftest import SEED, leaving_nothing_behind, wait_for
 from tests.crash import wave
 from tests.crash.scenarios import (
     BY_CHANCE,
@@ -28,9 +28,8 @@ from tests.crash.scenarios import (
     digest,
     judge_reader,
 )
-from tests.crash.world import PATIENCE_S, SIZE, STOP_S, WORKER, World
+from tests.crash.world import COORDINATOR, PATIENCE_S, SIZE, STOP_S, WORKER, WRITER, World
 
-SEED = int(os.environ.get("SHMCBW_SEED", "0")) or random.SystemRandom().randrange(1, 2**31)
 PART = 40
 
 ROUNDS = [
@@ -41,8 +40,19 @@ ROUNDS = [
     # What the scenario itself arms can't be armed for us too.
     if point not in SCENARIOS[scenario].beside or not SCENARIOS[scenario].beside[point].startswith("errno")
 ]
-ALL = os.environ.get("SHMCBW_MATRIX") == "all"
-PLAYED = ROUNDS if ALL else sorted(random.Random(SEED).sample(ROUNDS, PART), key=ROUNDS.index)
+#: At no point but wherever they are: each kind that is there, while the scenario's act goes on.
+ANYWHERE = [
+    (scenario, kind, action)
+    for scenario in ("idle", "first touch", "hot", "cut", "background copy", "finish")
+    for kind in (COORDINATOR, WORKER, WRITER)
+    for action in (KILL, STOP)
+]
+
+
+def part(rounds: list[tuple[str, str, str]], count: int) -> list[tuple[str, str, str]]:
+    if os.environ.get("SHMCBW_MATRIX") == "all":
+        return rounds
+    return sorted(random.Random(SEED).sample(rounds, count), key=rounds.index)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +103,7 @@ def test_a_scenario_reaches_the_points_that_its_row_says(lasting_world: World, s
     world.failed = False
 
 
-@pytest.mark.parametrize(("scenario", "point", "action"), PLAYED)
+@pytest.mark.parametrize(("scenario", "point", "action"), part(ROUNDS, PART))
 def test_whoever_reaches_a_point_may_die_or_stand_still_there(
     lasting_world: World, scenario: str, point: str, action: str
 ) -> None:
@@ -119,12 +129,40 @@ def test_whoever_reaches_a_point_may_die_or_stand_still_there(
         assert world.dead_kinds() <= {kind}
     else:
         trial.stand_still(kind)
-        until = time.monotonic() + STOP_S
-        world.let_write()
-        wait_for(lambda: time.monotonic() > until, "it stands still beyond every limit")
+        outlast(world)
     world.disarm()
     end(trial)
     world.failed = False
+
+
+@pytest.mark.parametrize(("scenario", "kind", "action"), part(ANYWHERE, PART // 8))
+def test_anybody_may_die_or_stand_still_anywhere(lasting_world: World, scenario: str, kind: str, action: str) -> None:
+    """Where chance has them: idle ones too, which reach no point."""
+    world = lasting_world
+    world.failed = True
+    trial = Trial(world, world.rounds, action)
+    play = SCENARIOS[scenario]
+    play.prepare(trial)
+    play.act(trial)
+    time.sleep(random.Random(f"{SEED} {scenario} {kind} {action}").random() * 0.02)
+    victims = {COORDINATOR: [world.owner.pid], WORKER: world.serving_workers(), WRITER: [world.writers[0].pid]}[kind]
+    if action == KILL:
+        world.kill_by_test(victims[0])
+        if kind != WORKER:
+            process = world.owner.process if kind == COORDINATOR else world.writers[0]
+            process.wait(PATIENCE_S)
+    else:
+        world.stop(victims[:1])
+        outlast(world)
+    end(trial)
+    world.failed = False
+
+
+def outlast(world: World) -> None:
+    """Somebody stands still beyond every limit; all others make progress meanwhile."""
+    until = time.monotonic() + STOP_S
+    world.let_write()
+    wait_for(lambda: time.monotonic() > until, "it stands still beyond every limit")
 
 
 def end(trial: Trial) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import shmcbw
+from shmcbw.failpoints import POINTS
 from shmcbw.layout import Header
 from shmcbw.workers import Coordinator
 from tests.conftest import wait_for
@@ -218,3 +219,12 @@ def test_help_and_version() -> None:
     assert run("--version").stdout == f"shmcbw {shmcbw.__version__}\n"
     for command in ("demo", "backup", "status", "check", "doctor"):
         assert "--json" in run(command, "--help").stdout
+
+
+def test_failpoints_are_listed_with_their_protocol_and_step() -> None:
+    lines = run("failpoints").stdout.splitlines()
+    assert [line.split()[0] for line in lines] == [point.name for point in POINTS]
+    listed = run_json("failpoints")["failpoints"]
+    assert [(each["name"], each["protocol"], each["step"]) for each in listed] == [
+        (point.name, point.protocol, point.step) for point in POINTS
+    ]

@@ -220,3 +220,51 @@ def coordinator_slots(image: Path) -> list[int]:
     """The pids that hold slots, as anybody may see them."""
     with attached(image) as segment:
         return [slot["pid"] for slot in describe_segment(segment)["slots"]]
+
+
+def test_a_write_goes_on_in_parent_and_child_when_a_handler_forks_in_the_middle_of_it(
+    make_image: Callable[..., Path], tmp_path: Path
+) -> None:
+    """It waits for a copy; the child attaches anew and waits for its own, with a slot of its own."""
+    image = make_image(SIZE)
+    children: list[int] = []
+    us = os.getpid()
+
+    def fork(*_: object) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            children.append(os.fork())
+        if children[-1] == 0:
+            # Also before the interrupted write goes on.
+            disk.pwrite(b"handler", 500_000)
+
+    before = signal.signal(signal.SIGUSR1, fork)
+    try:
+        with Coordinator(image, workers=1) as coordinator, shmcbw.open(image) as disk:
+            with coordinator.snapshot(tmp_path / "scratch") as snapshot:
+                expected = snapshot.pread(SIZE, 0)
+                pids = [worker["pid"] for worker in coordinator.status()["workers"]]
+                stop_all(pids)
+
+                def interrupt() -> None:
+                    wait_for(lambda: any(s["wanted_clusters"] for s in coordinator.status()["slots"]), "it waits")
+                    os.kill(us, signal.SIGUSR1)
+                    wait_for(lambda: len(coordinator.status()["slots"]) == 2, "the child has a slot")
+                    continue_all(pids)
+
+                thread = threading.Thread(target=interrupt)
+                thread.start()
+                disk.pwrite(b"both" * 100, 0)
+                if os.getpid() != us:
+                    # The child, out of the same call.
+                    good = (disk.pread(4, 0), disk.pread(7, 500_000), disk.statistics()["writes"])
+                    disk.close()
+                    os._exit(0 if good == (b"both", b"handler", 2) else 1)
+                thread.join()
+                assert os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1]) == 0
+                assert disk.statistics()["writes"] == 1
+                assert disk.statistics()["wait_max_ns"] < 20e9
+                assert snapshot.pread(SIZE, 0) == expected
+            wait_for(lambda: len(coordinator.status()["slots"]) == 1, "the child's slot is free")
+    finally:
+        signal.signal(signal.SIGUSR1, before)
