@@ -15,9 +15,10 @@ ROOT = Path(__file__).resolve().parents[2]
 ORDER = [
     "errors", "clusters", "layout", "states", "sizes", "_core", "failpoints", "image", "segment",
     "bitmap", "slots", "epochs", "points", "dirty", "groups",
-    "snapshots", "reader", "filter", "status", "invariants", "doctor", "__init__", "chain_commands", "cli", "__main__",
+    "snapshots", "reader", "filter", "status", "invariants", "doctor", "__init__",
+    "chain_commands", "export_command", "cli", "__main__",
 ]  # fmt: skip
-TOP = {"chain_commands", "cli", "__main__"}
+TOP = {"chain_commands", "export_command", "cli", "__main__"}
 
 
 def imported(path: Path) -> set[str]:
