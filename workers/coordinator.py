@@ -855,7 +855,8 @@ class Coordinator:
                 "error": os.strerror(error.errno or errno.EIO),
                 "cluster": error.cluster,
                 "offset": error.cluster * self._segment.geometry.cluster_size,
-                "time": error.time_ns / 1e9,
+                # Whoever broke it stores the time right after the error, or has died before.
+                "time": (error.time_ns or time.time_ns()) / 1e9,
             }
             self.emit("SNAPSHOT_BROKEN", data)
 
