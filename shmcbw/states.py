@@ -6,6 +6,7 @@
     PREPARING   PREPARED    the coordinator, when every worker has opened the target
     PREPARED    ACTIVE      the coordinator, in the drained section: this is the cut (compare-and-swap)
     PREPARED    ABANDONED   a gated writer or the coordinator, at the drained section's limit (compare-and-swap)
+    any         ABANDONED   the coordinator, before it removes an unfinished target: given up, and nothing lost
     ACTIVE      BROKEN      whoever broke it, after the sticky error was stored (compare-and-swap)
     ACTIVE      COMPLETE    the coordinator: every byte is >= COPIED, nobody can break it any more (compare-and-swap)
     any         FREE        the coordinator: dropped, finished or given up

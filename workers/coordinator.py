@@ -723,8 +723,11 @@ class Coordinator:
     def _release_entry(self, entry: Entry) -> None:
         self._entries.pop(entry.index, None)
         entry.released = True
-        # Before the entry is free: afterwards nobody would know of an unfinished file.
         if entry.target.working_path != entry.target.path:
+            # Given up before the file goes, or who comes after our death would report it as lost.
+            word = self._segment.snapshot(entry.index, Snapshot.state)
+            self._segment.set_snapshot(entry.index, Snapshot.state, states.state_word(states.ABANDONED, word >> 32))
+            # Before the entry is free: afterwards nobody would know of an unfinished file.
             entry.target.remove()
             self._reach("removed")
         self._free_entry(entry.index, entry.serial)

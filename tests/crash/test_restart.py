@@ -406,3 +406,19 @@ def test_an_id_that_a_dead_coordinators_worker_takes_at_the_last_moment_is_left_
         finally:
             owner.end()
     raise AssertionError("five times the worker was faster than this test")
+
+
+def test_a_backup_that_was_being_cancelled_is_not_reported_as_lost(image: Path, tmp_path: Path) -> None:
+    """Its coordinator died between removing the unfinished target and freeing the entry: that was no loss."""
+    owner = Owner(image, SHMCBW_FAILPOINTS="coordinator.removed=kill,worker.copying=delay:500")
+    try:
+        assert owner.answer() is not None
+        assert "ok" in (owner.ask(do="backup", target=str(tmp_path / "out")) or {})
+        owner.ask(do="close")
+        assert owner.process.wait(20) == -signal.SIGKILL
+    finally:
+        owner.end()
+    assert [path.name for path in tmp_path.iterdir()] == ["disk.img"], "the target was removed"
+    with Coordinator(image, workers=1) as coordinator:
+        assert [job.error for job in coordinator.jobs] == []
+        assert coordinator.status()["snapshots"] == []
