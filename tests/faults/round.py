@@ -112,9 +112,9 @@ class Round:
     # -- the play --------------------------------------------------------------------------------------------------
 
     def play(self) -> None:
-        self.layer.watch(self.image, self.targets, self.state)
         adopting = self.stage.scenario == "adopting"
         first = self._begin_with_another_coordinator() if adopting else None
+        self.layer.watch(self.image, self.targets, self.state)
         if self.fault is not None:
             self.layer.arm(self.fault)
         coordinator, writer = self.stage.coordinator, self.stage.writer
