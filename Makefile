@@ -34,7 +34,7 @@ matrix: $(VENV)/.installed-test
 	SHMCBW_MATRIX=all $(BIN)/python -m pytest tests/crash/test_matrix.py
 
 faults: $(VENV)/.installed-test
-	SHMCBW_NTH_CALL=all $(BIN)/python -m pytest tests/crash/test_nth_call.py
+	SHMCBW_NTH_CALL=all $(BIN)/python -m pytest tests/crash/test_nth_call.py tests/crash/test_socket_faults.py
 
 torture: $(VENV)/.installed-test
 	$(BIN)/python tools/torture.py --seconds 3600 $(TORTURE_ARGS)

@@ -26,7 +26,7 @@ import zlib
 from typing import Any
 
 from shmcbw.dirty import DirtyBitmap
-from shmcbw.errors import BitmapError
+from shmcbw.errors import BitmapError, naming
 from shmcbw.image import ImageFile, close_descriptor
 from shmcbw.points import Point
 from shmcbw.segment import boot_id
@@ -159,6 +159,10 @@ class SavedBitmaps:
 
     def _write(self, in_use: dict[str, Any] | None, bitmaps: dict[str, Any]) -> None:
         """Replace the file, synced; without bitmaps there is none."""
+        with naming(self.path, "the bitmaps of its image can't be saved"):
+            self._replace(in_use, bitmaps)
+
+    def _replace(self, in_use: dict[str, Any] | None, bitmaps: dict[str, Any]) -> None:
         if not bitmaps:
             try:
                 os.unlink(self.path)

@@ -42,6 +42,10 @@ ERRNOS: dict[str, tuple[str, ...]] = {
     "sem_wait": ("EINTR",),
     "sem_post": ("EOVERFLOW",),
     "pipe": ("EMFILE",),
+    "accept": ("EMFILE", "ENFILE", "ENOMEM", "ECONNABORTED", "EINTR"),
+    "recv": ("ECONNRESET", "ETIMEDOUT", "ENOMEM", "EINTR", "short"),
+    "send": ("EPIPE", "ECONNRESET", "ENOBUFS", "EINTR", "short"),
+    "getsockopt": ("ENOBUFS",),
 }
 
 #: A signal for every call would be a program that does nothing but handle signals: in a row come so many.

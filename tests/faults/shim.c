@@ -29,6 +29,7 @@
 #include <string.h>
 #include <sys/file.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
 #include <sys/syscall.h>
@@ -40,10 +41,11 @@
     X(open) X(close) X(read) X(pread) X(write) X(pwrite) X(ftruncate) X(fallocate) X(posix_fallocate) X(fdatasync)     \
     X(fsync) X(sync_file_range) X(lseek) X(mmap) X(dup) X(lock) X(getlock) X(flock) X(link) X(rename) X(unlink)        \
     X(stat) X(fstat) X(statx) X(statvfs) X(fstatvfs) X(fstatfs) X(access) X(chmod) X(fchmod) X(chown) X(fchown)        \
-    X(opendir) X(shm_open) X(shm_unlink) X(sem_open) X(sem_unlink) X(sem_wait) X(sem_post) X(pipe)
+    X(opendir) X(shm_open) X(shm_unlink) X(sem_open) X(sem_unlink) X(sem_wait) X(sem_post) X(pipe)                     \
+    X(accept) X(recv) X(send) X(getsockopt)
 #define CLASSES(X)                                                                                                     \
     X(none) X(source) X(target) X(manifest) X(directory) X(state) X(segment) X(bitmap) X(journal) X(semaphore)         \
-    X(names) X(process)
+    X(names) X(socket) X(process)
 #define ROLES(X) X(coordinator) X(worker) X(writer)
 
 #define AS_CALL(name) CALL_##name,
@@ -179,18 +181,29 @@ static enum class class_of_path(const char *path)
     return CLASS_none;
 }
 
+/* One that clients connect to, or one of theirs: it has a name.  A pair that wakes an event loop has none. */
+static bool is_named_socket(int fd)
+{
+    struct sockaddr_storage name;
+    socklen_t length = sizeof name;
+    return syscall(SYS_getsockname, fd, &name, &length) == 0 && length > sizeof(sa_family_t);
+}
+
 static enum class class_of_fd(int fd)
 {
-    char link[64], path[4096];
+    char link[64], path[4096] = "";
     static const char deleted[] = " (deleted)";
     if (control == NULL || fd < 0)
         return CLASS_none;
     int before = errno;
     snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
     long length = syscall(SYS_readlink, link, path, sizeof path - 1);
+    bool named = length > 0 && begins(path, "socket:") && is_named_socket(fd);
     errno = before;
     if (length <= 0)
         return CLASS_none;
+    if (named)
+        return CLASS_socket;
     path[length] = '\0';
     size_t end = strlen(path), tail = strlen(deleted);
     if (end > tail && strcmp(path + end - tail, deleted) == 0)
@@ -430,6 +443,19 @@ static bool fcntl_fails(int fd, int command)
     }
 FCNTL(fcntl)
 FCNTL(fcntl64)
+
+int accept4(int fd, struct sockaddr *address, socklen_t *length, int flags)
+{
+    return fails(CALL_accept, class_of_fd(fd)) ? -1 : REAL(accept4)(fd, address, length, flags);
+}
+
+TRANSFER(recv, recv, void *, FLAGS, , flags)
+TRANSFER(send, send, const void *, FLAGS, , flags)
+
+int getsockopt(int fd, int level, int name, void *value, socklen_t *length)
+{
+    return fails(CALL_getsockopt, class_of_fd(fd)) ? -1 : REAL(getsockopt)(fd, level, name, value, length);
+}
 
 DIR *opendir(const char *path)
 {
