@@ -153,6 +153,7 @@ class Snapshot:
     group_index = Word(240, 4, "coordinator", "adopting coordinator", "and entry of its table")
     group_count = Word(244, 4, "coordinator", "adopting coordinator", "leader: members, itself among them")
     max_workers = Word(248, 4, "coordinator", "workers", "background copies at once; 0: no limit")
+    filtered = Word(252, 4, "coordinator", "adopting coordinator", "its serial: what a bitmap leaves out is SKIPPED")
     manifest = Word(256, 4, "coordinator", "workers", "1: checksums go to the manifest beside the target")
     in_place = Word(260, 4, "coordinator", "workers", "1: the target was there before: zeroes are punched into it")
     max_chunk = Word(264, 8, "coordinator", "workers", "bytes of a background copy, 0: no limit")

@@ -150,9 +150,10 @@ class Increment:
     # -- after the cut -----------------------------------------------------------------------------------------------
 
     def filter(self, index: int, cluster_bytes: Bitmap) -> None:
-        """Mark what is not in the bitmap as SKIPPED; then background copying may begin.  Harmless to repeat."""
+        """Mark what is not in the bitmap as SKIPPED; then background copying may begin.  Once for each snapshot: a job
+        that is paused later stays so."""
         segment, epochs = self._segment, self._bitmaps.epochs
-        if self.filters and not segment.snapshot(index, Snapshot.background):
+        if self.filters and segment.snapshot(index, Snapshot.filtered) != int(self.user):
             found = self._found()
             if found is not None:
                 kept = found.kept_now(epochs)
@@ -177,6 +178,7 @@ class Increment:
                         wake_all(segment)
             hit(segment.failpoints, _FILTERED)
             segment.set_snapshot(index, Snapshot.background, 1)
+            segment.set_snapshot(index, Snapshot.filtered, int(self.user))
 
     def cut(self, index: int) -> Point:
         """The point that the backup shows."""
