@@ -1,11 +1,11 @@
 """A coordinator in a process of its own, driven by lines of JSON: ``python -m tests.owner IMAGE [IMAGE...]``.
 
 Commands: {"do": "backup", "target", "speed"?, "cbw_timeout"?, "how"?}, {"do": "snapshot", "scratch", "cbw_timeout"?},
-{"do": "bitmap", "call", "with", "how"}, {"do": "speed", "speed"} and {"do": "cancel"} (of all jobs), {"do": "read"},
-{"do": "resize", "size"}, {"do": "wait"}, {"do": "results"}, {"do": "drop"}, {"do": "close"}, and with several images
-{"do": "group", "targets"}: the others then are about all of them.  Each is answered by {"ok": …} or {"error": type,
-"message": …}.  It may be killed at any moment.  Its drained sections last for OWNER_DRAIN_LIMIT_S (environment) at
-most, 2 s if that is not set; OWNER_STATE_DIR is its state directory.
+{"do": "bitmap", "call", "with", "how"}; of all jobs {"do": "speed", "speed"}, {"do": "pause"}, {"do": "resume"},
+{"do": "cancel"}, {"do": "wait"}, {"do": "results"} and {"do": "statuses"}; {"do": "read"}, {"do": "resize", "size"},
+{"do": "drop"}, {"do": "close"}, and with several images {"do": "group", "targets"}: the others then are about all of
+them.  Each is answered by {"ok": …} or {"error": type, "message": …}.  It may be killed at any moment.  Its drained
+sections last for OWNER_DRAIN_LIMIT_S (environment) at most, 2 s if that is not set; OWNER_STATE_DIR: for bitmaps.
 """
 
 from __future__ import annotations
@@ -112,6 +112,12 @@ def _do(coordinators: list[Coordinator], command: dict[str, Any]) -> Any:
     elif action == "speed":
         for job in jobs:
             job.set_speed(command["speed"])
+    elif action in ("pause", "resume"):
+        for job in jobs:
+            if job.status in ("running", "paused"):
+                getattr(job, action)()
+    elif action == "statuses":
+        return {job.target: job.status for job in jobs}
     elif action == "cancel":
         for job in jobs:
             job.cancel()

@@ -767,8 +767,10 @@ class Coordinator:
 
         writers, background = size(counts.copied_for_writer, COPIED_FOR_WRITER), size(counts.copied, COPIED)
         zero, skipped = size(counts.zero, ZERO), size(counts.skipped, SKIPPED)
-        current = writers + background + zero + skipped
-        return Progress(current, geometry.image_size, writers, background, zero, skipped)
+        # As in QEMU, the length of a job with a bitmap is what is dirty.
+        left_out = skipped if entry.increment is not None and entry.increment.filters else 0
+        current = writers + background + zero + skipped - left_out
+        return Progress(current, geometry.image_size - left_out, writers, background, zero, skipped)
 
     def wake_workers(self) -> None:
         """Have every worker look again."""

@@ -35,7 +35,7 @@ from shmcbw.snapshots import wake_all
 
 from .bitmaps import Bitmaps, segment_uuid
 from .forward import ForwardFile
-from .manifest import ABSENT, FINISHED, FULL, INCREMENT, NAMING, REST, Description, sidecar
+from .manifest import ABSENT, FINISHED, FULL, INCREMENT, NAMING, PARTIAL_SUFFIX, REST, Description, sidecar
 from .manifest import ZERO as ZERO_WORD
 from .pool import Pool
 from .targets import TargetFile
@@ -235,6 +235,17 @@ class Increment:
         if target.stays:
             log.warning("%s is not finished and stays: its bitmap holds only the rest", target.working_path)
         self._bitmaps.release(self.user)
+
+    def leaves(self, target: str) -> str | None:
+        """What a failure leaves of the target, in words; None: nothing."""
+        if self.in_place:
+            return (
+                f"{target}{PARTIAL_SUFFIX} is not finished and stays; nothing is lost: the same backup in place, "
+                "by the same bitmap, completes it"
+            )
+        if self.mode == "always":
+            return f"what was copied stays in {target}{PARTIAL_SUFFIX}, for a backup of the same bitmap in place"
+        return None
 
     def _leave_rest(self, index: int, target: TargetFile, cluster_bytes: Bitmap, pool: Pool) -> bool:
         """Bitmap-mode always: what was copied counts, so the unfinished target stays, with a manifest of its own.

@@ -255,7 +255,7 @@ class Job:
         With ``auto_dismiss`` None: harmless when concluded.
         """
         try:
-            self.transaction.cancel(self, cancelled(self.id))
+            self.transaction.cancel(self, self._cancelled())
         except JobStateError:
             if self.auto_dismiss is not None:
                 raise
@@ -465,7 +465,7 @@ class Job:
         """Its coordinator closes: cancel it, whatever its transaction has decided, waits for, or has met."""
         try:
             self.transaction.settle()
-            self.transaction.cancel(self, cancelled(self.id))
+            self.transaction.cancel(self, self._cancelled())
         except JobStateError:
             pass
         with self.coordinator.held():
@@ -475,10 +475,21 @@ class Job:
 
     def record_failure(self) -> None:
         """The result is in the journal before anything is let go."""
-        self._error = self.failure or cancelled(self.id)
+        self._error = self.failure or self._cancelled()
+        left = self._left()
+        if left is not None and isinstance(self.failure, JobFailedError):
+            self._error = JobFailedError(self.failure.errno, f"{self.failure.strerror}; {left}")
         if self._progress is None and self._entry is not None:
             self._progress = self.progress()
         self.record(required=False, status=CONCLUDED, result=True)
+
+    def _left(self) -> str | None:
+        """What a failure leaves of the target, in words; None: nothing."""
+        increment = self._entry.increment if self._entry is not None else None
+        return increment.leaves(self.target) if increment is not None else None
+
+    def _cancelled(self) -> JobCancelledError:
+        return cancelled(self.id, self._left())
 
     def abort(self) -> None:
         """Remove the unfinished target, and let the snapshot go."""
@@ -535,8 +546,8 @@ class Job:
         return f"<Job {self.id} {self._status} to {self.target}>"
 
 
-def cancelled(job_id: str) -> JobCancelledError:
-    return JobCancelledError(f"job {job_id} was cancelled; its unfinished target was removed")
+def cancelled(job_id: str, left: str | None = None) -> JobCancelledError:
+    return JobCancelledError(f"job {job_id} was cancelled; {left or 'its unfinished target was removed'}")
 
 
 def describe_error(error: BaseException | None) -> dict[str, Any] | None:

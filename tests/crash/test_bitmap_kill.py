@@ -16,6 +16,7 @@ from shmcbw import failpoints
 from shmcbw.image import ImageFile
 from shmcbw.segment import attach
 from tests.chains import assert_never_wrong, change, restored
+from tests.conftest import wait_for
 from tests.owner import Owner
 
 CLUSTER = 65536
@@ -208,6 +209,33 @@ def test_a_kill_while_a_cancelled_job_keeps_its_rest_loses_no_change(
         chain = [directory / "base"] if in_place else [directory / "base", target]
         assert restored(chain, tmp_path / "out") == image.read_bytes()
     assert not list(directory.glob("*partial"))
+
+
+def test_a_paused_increment_is_paused_in_the_next_coordinator_and_ends_right(
+    service: Service, image: Path, tmp_path: Path
+) -> None:
+    """What is not in the bitmap was marked before; that is not done again, and nothing begins by it."""
+    directory = tmp_path / "backups"
+    directory.mkdir()
+    target = directory / "increment"
+    with shmcbw.open(image) as disk:
+        service.bitmap("add", "b")
+        service.back_up(directory / "base", sync="full", bitmap="b", bitmap_mode="on-success")
+        for cluster in (1, 5, 6):
+            disk.pwrite(b"x", cluster * CLUSTER)
+        at_cut = image.read_bytes()
+        service.ask(do="backup", target=str(target), how={**HOW, "speed": 1})
+        service.ask(do="pause")
+        wait_for(lambda: service.ask(do="statuses")[str(target)] == "paused", "it is paused")
+        assert service.restart() == [str(target)]
+        assert service.ask(do="statuses")[str(target)] == "paused"
+        assert service.bitmap("query")[0]["busy"]
+        disk.pwrite(b"later", 9 * CLUSTER)
+        service.ask(do="speed", speed=0)
+        service.ask(do="resume")
+        service.ask(do="wait")
+    assert restored([directory / "base", target], tmp_path / "out") == at_cut
+    assert service.dirty() == {9}
 
 
 def test_base_and_increments_are_the_image_at_every_cut_whatever_is_killed(

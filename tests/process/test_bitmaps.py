@@ -13,7 +13,8 @@ import shmcbw
 from shmcbw.bitmap import COPIED, SKIPPED, Bitmap
 from shmcbw.errors import BitmapError
 from shmcbw.segment import Segment
-from shmcbw.workers import Coordinator, bitmaps, journal
+from shmcbw.workers import Backup, Coordinator, backup_group, bitmaps, journal
+from shmcbw.workers.completion import JobTransaction
 from tests.conftest import wait_for
 from tests.processes import continue_all, running, stop_all, write_forever
 
@@ -274,3 +275,46 @@ def test_writes_while_a_job_is_about_to_end_survive_it(
         disk.pwrite(number.to_bytes(2, "little"), number * CLUSTER)
         job.wait(20)
         assert number in dirty(coordinator)
+
+
+@pytest.mark.parametrize("success", [True, False])
+def test_the_bitmaps_of_grouped_jobs_share_the_outcome_of_all(
+    make_image: Callable[..., Path], tmp_path: Path, success: bool
+) -> None:
+    images = [make_image(SIZE, f"{number}.img") for number in range(2)]
+    with Coordinator(images[0], workers=1) as first, Coordinator(images[1], workers=1) as second:
+        coordinators = (first, second)
+        for coordinator in coordinators:
+            coordinator.bitmaps.add("b")
+            with shmcbw.open(coordinator.path) as disk:
+                disk.pwrite(b"old", CLUSTER)
+        transaction = JobTransaction()
+        jobs = backup_group(
+            [
+                Backup(
+                    coordinator,
+                    f"{coordinator.path}.bak",
+                    sync="incremental",
+                    bitmap="b",
+                    speed=speed,
+                    transaction=transaction,
+                )
+                for coordinator, speed in zip(coordinators, (0, 1), strict=True)
+            ]
+        )
+        for coordinator in coordinators:
+            with shmcbw.open(coordinator.path) as disk:
+                disk.pwrite(b"since", 2 * CLUSTER)
+        wait_for(lambda: jobs[0].status == "waiting", "the first one waits for the other")
+        assert dirty(first) == {1, 2}
+        if success:
+            jobs[1].set_speed(0)
+        else:
+            jobs[1].cancel()
+        for job in jobs:
+            if success:
+                job.wait(20)
+            else:
+                with pytest.raises(shmcbw.JobCancelledError):
+                    job.wait(20)
+        assert [dirty(coordinator) for coordinator in coordinators] == [{2} if success else {1, 2}] * 2

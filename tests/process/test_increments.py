@@ -161,7 +161,9 @@ def test_a_failed_job_in_place_is_completed_by_the_next_one(
     job = coordinator.backup(target, sync="incremental", bitmap="b", in_place=True, speed=1)
     disk.pwrite(b"y", 2 * CLUSTER)
     job.cancel()
-    assert "nothing is lost: the same backup in place, by the same bitmap, completes it" in caplog.text
+    with pytest.raises(shmcbw.JobCancelledError, match="nothing is lost: the same backup in place"):
+        job.wait(20)
+    assert "is not finished and stays; nothing is lost" in caplog.text
     assert sorted(path.name for path in backups.iterdir()) == ["full.shmcbw", "full.shmcbw-partial"]
     calls: list[Callable[[], object]] = [
         lambda: coordinator.backup(target),
