@@ -3,6 +3,7 @@
 # make bench  measure; see tools/bench
 # make torture  an hour of kills, stops and restarts, judged by logs
 # make matrix kill and stop at every failpoint (make test does a part of that)
+# make differential  the same scripts for QEMU's storage daemon (make test does a part of that)
 # make faults make every kind of system call fail (make test does a part of that)
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 CORE := $(wildcard shmcbw/_core/*.c shmcbw/_core/*.h)
 DEBIAN_PACKAGES := bindfs e2fsprogs exfat-fuse exfatprogs fio libnbd-bin openssl qemu-system-common qemu-utils strace
 
-.PHONY: demo test lint bench matrix faults torture model clean
+.PHONY: demo test lint bench matrix differential faults torture model clean
 
 demo: $(VENV)/.installed
 	$(BIN)/shmcbw demo
@@ -35,6 +36,9 @@ matrix: $(VENV)/.installed-test
 
 faults: $(VENV)/.installed-test
 	SHMCBW_NTH_CALL=all $(BIN)/python -m pytest tests/crash/test_nth_call.py tests/crash/test_socket_faults.py
+
+differential: $(VENV)/.installed-test
+	SHMCBW_DIFFERENTIAL=all $(BIN)/python -m pytest tests/qmp/test_differential.py tests/qmp/test_jobs_over_qmp.py
 
 torture: $(VENV)/.installed-test
 	$(BIN)/python tools/torture.py --seconds 3600 $(TORTURE_ARGS)

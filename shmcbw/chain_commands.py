@@ -14,7 +14,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from .errors import BitmapError, CoordinatorRunningError, NoCoordinatorError, VerificationError
+from .errors import CoordinatorRunningError, NoCoordinatorError, VerificationError
 from .layout import Header
 from .sizes import format_size, parse_size
 
@@ -113,47 +113,20 @@ def add_backup_options(backup: argparse.ArgumentParser) -> None:
     backup.add_argument("--state-dir", metavar="DIR", help="where persistent bitmaps are while nobody serves the image")
 
 
+def bitmap_options(options: argparse.Namespace) -> dict[str, Any]:
+    """What ``backup`` was told about bitmaps and manifests, as `increments.backup_parameters` takes it."""
+    names = ("since", "sync", "bitmap_mode", "in_place", "manifest", "overwrite")
+    return {**{name: getattr(options, name) for name in names}, "persistent": options.state_dir is not None}
+
+
 def bitmap_parameters(coordinator: Coordinator, options: argparse.Namespace) -> dict[str, Any]:
-    """The parameters of a backup that are about its bitmap.  ``--sync auto`` is decided here, and what is decided said.
+    """The parameters of a backup that are about its bitmap.  What ``--sync auto`` decides is said on stderr."""
+    from .workers.increments import backup_parameters
 
-    BitmapError: there is no such bitmap.
-    """
-    sync, name, mode = options.sync, options.since, options.bitmap_mode
-    found: dict[str, Any] = {"in_place": options.in_place, "manifest": options.manifest, "overwrite": options.overwrite}
-    if name is None:
-        if sync == "auto":
-            raise BitmapError("--sync auto needs --since BITMAP")
-        return {**found, "sync": sync or "full", "bitmap_mode": mode}
-    if sync == "auto":
-        sync = _decide(coordinator, name, persistent=options.state_dir is not None)
-        if sync == "full":
-            # It was to be brought forward anyway.
-            found.update(in_place=False, overwrite=options.overwrite or options.in_place)
-    elif name not in coordinator.bitmaps:
-        raise BitmapError(f"{coordinator.path} has no bitmap '{name}': {LIVE}")
-    sync = sync or ("bitmap" if mode else "incremental")
-    if sync != "incremental" and mode is None:
-        mode = "on-success"
-    return {**found, "sync": sync, "bitmap": name, "bitmap_mode": mode}
-
-
-def _decide(coordinator: Coordinator, name: str, *, persistent: bool) -> str:
-    """ "incremental" if the bitmap can be trusted; else "full", with a bitmap that begins anew."""
-    bitmaps = coordinator.bitmaps
-    bitmap = bitmaps.get(name)
-    if bitmap is not None and bitmap.recording and bitmap.covers(bitmaps.last_boundary) is not None:
-        return "incremental"
-    if bitmap is None:
-        why = "there is no such bitmap"
-    elif bitmap.inconsistent:
-        why = "it is inconsistent: it may have missed writes"
-    else:
-        why = "it was not recording all the time"
-    print(f"shmcbw backup: bitmap '{name}' of {coordinator.path}: {why}; taking a full backup", file=sys.stderr)
-    if bitmap is not None:
-        bitmaps.remove(name)
-    bitmaps.add(name, persistent=persistent)
-    return "full"
+    found, said = backup_parameters(coordinator.bitmaps, coordinator.path, **bitmap_options(options))
+    if said:
+        print(f"shmcbw backup: {said}", file=sys.stderr)
+    return found
 
 
 def _restore(options: argparse.Namespace) -> int:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from .chain_commands import add_backup_options, add_commands, bitmap_parameters
+from .chain_commands import add_backup_options, add_commands, bitmap_options, bitmap_parameters
 from .clusters import check_cluster_size
 from .errors import JobCancelledError, ShmcbwError
 from .export_command import add_commands as add_export
@@ -27,6 +27,7 @@ from .sizes import format_ns, format_size, parse_size
 
 if TYPE_CHECKING:
     from .workers import Job
+    from .workers.remote import RemoteJob
     from .workers.settings import ImageOption
 
 EPILOG = """\
@@ -139,6 +140,7 @@ def parser() -> argparse.ArgumentParser:
     backup.add_argument("--json", action="store_true", help="print one JSON object")
     backup.set_defaults(run=_backup)
 
+    _add_daemon_verbs(commands)
     add_commands(commands)
 
     serve = commands.add_parser(
@@ -195,6 +197,29 @@ def parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
     doctor.set_defaults(run=_doctor)
     return top
+
+
+def _add_daemon_verbs(commands: Any) -> None:
+    """Verbs on what a daemon has: jobs and snapshots."""
+    job = commands.add_parser("job", help="jobs of an image that a daemon serves")
+    job.add_argument(
+        "verb",
+        choices=("list", "pause", "resume", "cancel", "finalize", "dismiss", "set-speed", "wait"),
+        help="what to do",
+    )
+    job.add_argument("image", metavar="IMAGE")
+    job.add_argument("id", metavar="JOB", nargs="?", help="which one (all verbs but list)")
+    job.add_argument("speed", metavar="RATE", nargs="?", type=_size, help="for set-speed: bytes a second, 0: no limit")
+    job.add_argument("--json", action="store_true", help="print one JSON object")
+    job.set_defaults(run=_job)
+
+    snapshot = commands.add_parser("snapshot", help="snapshots of an image that a daemon serves")
+    snapshot.add_argument("verb", choices=("list", "add", "remove", "cat"), help="what to do; cat: to stdout")
+    snapshot.add_argument("image", metavar="IMAGE")
+    snapshot.add_argument("name", metavar="NAME", nargs="?", help="node name of the snapshot (all verbs but list)")
+    snapshot.add_argument("scratch", metavar="SCRATCH", nargs="?", help="for add: where old data goes")
+    snapshot.add_argument("--json", action="store_true", help="print one JSON object")
+    snapshot.set_defaults(run=_snapshot)
 
 
 def _version() -> str:
@@ -267,6 +292,9 @@ def _run_backup(options: argparse.Namespace, pairs: Sequence[tuple[str, str]]) -
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     quiesce = QuiesceCommands(options.pre_cut, options.post_cut)
+    remote = _run_at_daemon(options, pairs, quiesce)
+    if remote is not None:
+        return remote
     with ExitStack() as stack:
         coordinators = {
             image: stack.enter_context(
@@ -298,8 +326,40 @@ def _run_backup(options: argparse.Namespace, pairs: Sequence[tuple[str, str]]) -
         )
     targets = {job.target for job in jobs}
     described = [each for status in statuses for each in status["jobs"] if each["target"] in targets]
+    return _report_backups(options, jobs, described, quiesce)
+
+
+def _run_at_daemon(options: argparse.Namespace, pairs: Sequence[tuple[str, str]], quiesce: Any) -> int | None:
+    """Have the daemon that serves the images do it; None if none does."""
+    from .workers.remote import call_off, daemon_of, job_ids, start_backups
+
+    client = daemon_of(dict.fromkeys(image for image, _ in pairs))
+    if client is None:
+        return None
+    given = {
+        "speed": options.speed,
+        "on_cbw_error": options.on_cbw_error,
+        "cbw_timeout": options.cbw_timeout,
+        **bitmap_options(options),
+    }
+    parameters = {name.replace("_", "-"): value for name, value in given.items() if value is not None}
+    ids = job_ids(len(pairs))
+    with client:
+        try:
+            jobs = start_backups(client, pairs, ids, parameters, quiesce)
+            for job in jobs:
+                _follow(job, options)
+            return _report_backups(options, jobs, [job.described for job in jobs], quiesce)
+        finally:
+            # As the coordinators of a backup without a daemon do: whatever it was, nothing of this command goes on.
+            call_off(client.path, ids)
+
+
+def _report_backups(
+    options: argparse.Namespace, jobs: Sequence[Job | RemoteJob], described: list[dict[str, Any]], quiesce: Any
+) -> int:
     if options.json:
-        print(json.dumps(described[0] if len(pairs) == 1 else {"jobs": described}))
+        print(json.dumps(described[0] if len(jobs) == 1 else {"jobs": described}))
     for job in jobs if not options.json else []:
         progress = job.progress()
         print(
@@ -352,7 +412,7 @@ def _adopted_or_new(
     )
 
 
-def _follow(job: Job, options: argparse.Namespace) -> None:
+def _follow(job: Job | RemoteJob, options: argparse.Namespace) -> None:
     """Wait for the job; on a terminal with a progress bar."""
     if options.progress == "never" or options.json or sys.stderr is None or not sys.stderr.isatty():
         job.wait()
@@ -360,6 +420,38 @@ def _follow(job: Job, options: argparse.Namespace) -> None:
     from .workers.progress import follow
 
     follow(job)
+
+
+# -- what a daemon has -------------------------------------------------------------------------------------------------
+
+
+def _job(options: argparse.Namespace) -> int:
+    from .workers.remote import job_verb
+
+    return _verb(options, job_verb, options.id, speed=options.speed)
+
+
+def _snapshot(options: argparse.Namespace) -> int:
+    from .workers.remote import snapshot_verb
+
+    return _verb(options, snapshot_verb, options.name, scratch=options.scratch, output=sys.stdout.buffer)
+
+
+def _verb(options: argparse.Namespace, act: Any, name: str | None, **given: Any) -> int:
+    """Run a verb at the daemon that serves the image, and show what it gives."""
+    from .workers.remote import owner_of
+
+    if name is None and options.verb != "list":
+        print(f"shmcbw {options.command}: {options.verb} of which one?", file=sys.stderr)
+        return 2
+    with owner_of(options.image) as client:
+        found = act(client, options.image, options.verb, name, **given)
+    if options.json:
+        print(json.dumps({options.command + "s": found} if options.verb == "list" else {}))
+    elif options.verb == "list":
+        for each in found:
+            print("  ".join(f"{key} {value}" for key, value in each.items()))
+    return 0
 
 
 # -- serve -------------------------------------------------------------------------------------------------------------

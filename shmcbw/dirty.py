@@ -119,8 +119,9 @@ class DirtySet:
             position = sum(found[-1])
 
     def sha256(self) -> str:
-        """A hash of the serialised bits: equal sets of equal granularity have equal ones."""
-        return hashlib.sha256(self.bits).hexdigest()
+        """A hash of the serialised bits, as QEMU has it (of whole 64-bit words): equal sets of equal granularity have
+        equal ones."""
+        return hashlib.sha256(self.bits + bytes(-len(self.bits) % 8)).hexdigest()
 
     def regrained(self, granularity: int) -> DirtySet:
         """The same set in another granularity, rounded outward."""

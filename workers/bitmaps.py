@@ -250,6 +250,24 @@ class Bitmaps(Mapping[str, DirtyBitmap]):
             found.check(busy=False)
             return found.dirty(self.epochs).extents()
 
+    def doubt(self, name: str) -> str:
+        """Why no increment can be taken by a bitmap; empty if one can."""
+        with self._lock:
+            bitmap = self._bitmaps.get(name)
+            if bitmap is None:
+                return "there is no such bitmap"
+            if bitmap.inconsistent:
+                return "it is inconsistent: it may have missed writes"
+            if not bitmap.recording or bitmap.covers(self.last_boundary) is None:
+                return "it was not recording all the time"
+            return ""
+
+    def begin_anew(self, name: str, *, persistent: bool) -> None:
+        """A new bitmap of the name, in the place of what was there."""
+        with self._lock:
+            actions = [BitmapAction("remove", name)] if name in self._bitmaps else []
+            self.run([*actions, BitmapAction("add", name, persistent=persistent)])
+
     # -- boundaries --------------------------------------------------------------------------------------------------
 
     @property

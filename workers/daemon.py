@@ -10,11 +10,13 @@ reloads nothing.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import os
 import signal
 import socket
 import sys
+from typing import Any
 
 from shmcbw import __version__
 from shmcbw.errors import ShmcbwError
@@ -24,12 +26,32 @@ from shmcbw.snapshots import state_of
 
 from .coordinator import Coordinator
 from .nodes import Graph
-from .qmp import bitmap_commands, general, node_commands, own_commands, resize_command
+from .qmp import (
+    backup_commands,
+    bitmap_commands,
+    general,
+    job_commands,
+    node_commands,
+    own_commands,
+    resize_command,
+    transaction,
+)
 from .qmp.desk import Desk
 from .qmp.server import Server, runtime_directory
 from .settings import Options
 
 log = logging.getLogger("shmcbw")
+
+SUBJECTS = (
+    general,
+    node_commands,
+    backup_commands,
+    job_commands,
+    bitmap_commands,
+    transaction,
+    own_commands,
+    resize_command,
+)
 
 
 class Daemon:
@@ -40,12 +62,14 @@ class Daemon:
         self._path = os.path.abspath(options.qmp or os.path.join(runtime_directory(), "qmp.sock"))
         self._graph = Graph(self._serve)
         self._desk = Desk(self._graph, options.name, self._stop_soon)
-        for subject in (general, node_commands, bitmap_commands, own_commands, resize_command):
+        for subject in SUBJECTS:
             self._desk.learn(subject.HANDLERS)
         self._server = Server(self._path, f"shmcbw {__version__}", self._desk.execute)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._end: asyncio.Event | None = None
         self._reason = ""
+        #: Jobs and snapshots are left to the next daemon.
+        self.detached = False
 
     async def run(self) -> None:
         """Serve until SIGTERM, SIGINT or ``quit``.  OSError, ShmcbwError: it could not start; nothing is left."""
@@ -66,8 +90,10 @@ class Daemon:
             if self._reason:
                 log.info("ending: %s", self._reason)
                 self._server.post("SHUTDOWN", {"guest": False, "reason": self._reason})
-            await self._server.close()
-            await loop.run_in_executor(None, self._graph.close)
+            detach = self._options.detach_jobs and self._reason != ""
+            async with self._server.ending():
+                close = functools.partial(self._graph.close, detach=detach)
+                self.detached = await loop.run_in_executor(None, close)
 
     def _serve_images(self) -> None:
         for image in self._options.images:
@@ -92,9 +118,16 @@ class Daemon:
             slots=options.slots,
             state_dir=options.state_dir,
             control=self._path,
+            on_event=functools.partial(self._event, path),
         )
         log.info("%s is served as node %s", path, node_name)
         return coordinator
+
+    def _event(self, path: str, name: str, data: dict[str, Any]) -> None:
+        """Of an image's coordinator, from any of its threads, with its lock held: only passed on."""
+        if name == "SNAPSHOT_BROKEN":
+            data = {"filename": path, **{key: value for key, value in data.items() if value is not None}}
+        self._server.post(name, data)
 
     def _stop(self, reason: str) -> None:
         """On the loop's thread."""
@@ -145,4 +178,10 @@ def serve(options: Options) -> None:
     logging.basicConfig(
         stream=sys.stderr, level=options.log_level.upper(), format="shmcbw serve: %(levelname)s: %(message)s"
     )
-    asyncio.run(Daemon(options).run())
+    daemon = Daemon(options)
+    asyncio.run(daemon.run())
+    if daemon.detached:
+        log.info("jobs and snapshots are left to the next daemon")
+        logging.shutdown()
+        # As a killed one ends: the interpreter's clean-up would close the coordinators that are to be left.
+        os._exit(0)

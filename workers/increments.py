@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import logging
 import os
+from typing import Any
 
 from shmcbw import _core, states
 from shmcbw.bitmap import SKIPPED, ZERO, Bitmap
@@ -288,3 +289,45 @@ class Increment:
             segment.exchange_snapshot(index, Snapshot.state, word, states.state_word(states.BROKEN, word >> 32))
             wake_all(segment)
         return pool.wait_let_go(index, int(self.user), REST_WAIT_S)
+
+
+def backup_parameters(
+    bitmaps: Bitmaps,
+    path: str,
+    *,
+    since: str | None,
+    sync: str | None,
+    bitmap_mode: str | None,
+    in_place: bool,
+    manifest: bool,
+    overwrite: bool,
+    persistent: bool,
+) -> tuple[dict[str, Any], str]:
+    """The parameters of a backup that are about its bitmap ``since``, and what is to be said about them.
+
+    ``sync`` "auto" is decided here: "incremental" if the bitmap can be trusted, else "full", and a new bitmap takes the
+    place of the old one (``persistent`` if so).  None: what the others call for.  BitmapError: there is no such bitmap.
+    """
+    found: dict[str, Any] = {"in_place": in_place, "manifest": manifest, "overwrite": overwrite}
+    if since is None:
+        if sync == "auto":
+            raise BitmapError("sync auto needs a bitmap (--since BITMAP)")
+        return {**found, "sync": sync or "full", "bitmap_mode": bitmap_mode}, ""
+    said = ""
+    if sync == "auto":
+        sync, doubt = "incremental", bitmaps.doubt(since)
+        if doubt:
+            said = f"bitmap '{since}' of {path}: {doubt}; taking a full backup"
+            bitmaps.begin_anew(since, persistent=persistent)
+            sync = "full"
+            # It was to be brought forward anyway.
+            found.update(in_place=False, overwrite=overwrite or in_place)
+    elif since not in bitmaps:
+        raise BitmapError(
+            f"{path} has no bitmap '{since}': bitmaps live with a running coordinator (shmcbw serve, or a Coordinator "
+            "in a program); --state-dir keeps persistent ones beyond it"
+        )
+    sync = sync or ("bitmap" if bitmap_mode else "incremental")
+    if sync != "incremental" and bitmap_mode is None:
+        bitmap_mode = "on-success"
+    return {**found, "sync": sync, "bitmap": since, "bitmap_mode": bitmap_mode}, said

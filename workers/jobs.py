@@ -223,9 +223,10 @@ class Job:
     def resume(self) -> None:
         """Go on after `pause`, or after an error stopped the job: that is forgotten, and tried again."""
         with self.coordinator.held():
-            check_verb(self.id, self._status, "resume")
+            # In QEMU's order: this is said in every state.
             if self._status != PAUSED:
                 raise JobStateError("Can't resume a job that was not paused")
+            check_verb(self.id, self._status, "resume")
             self.record(status=RUNNING, io_status="ok")
             self.io_status = "ok"
             self.move(RUNNING)

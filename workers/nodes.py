@@ -16,13 +16,16 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from shmcbw.errors import ShmcbwError
 from shmcbw.image import Identity, ImageFile
+from shmcbw.layout import Slot
+from shmcbw.segment import slot_byte
 
 from .coordinator import Coordinator, CoordinatorSnapshot
-from .job_states import CONCLUDED
+from .job_states import CONCLUDED, NULL
 from .qmp.schema import QMPError
 
 log = logging.getLogger("shmcbw")
@@ -45,10 +48,6 @@ class Node:
         self.children = children
         self.owned = owned
         self.parents: list[Node] = []
-        #: Jobs that stand on this node.
-        self.users: set[str] = set()
-        #: Jobs that write it.
-        self.targets_of: set[str] = set()
 
     def file(self) -> FileNode:
         """The file at the bottom of it."""
@@ -109,8 +108,8 @@ class FileNode(Node):
 class SnapshotNode(Node):
     """A copy-before-write node: a snapshot of the image below it."""
 
-    def __init__(self, name: str, image: Node, target: Node, snapshot: CoordinatorSnapshot) -> None:
-        super().__init__(name, "copy-before-write", (image, target))
+    def __init__(self, name: str, image: Node, target: Node | None, snapshot: CoordinatorSnapshot) -> None:
+        super().__init__(name, "copy-before-write", (image,) if target is None else (image, target))
         self.snapshot = snapshot
 
 
@@ -122,6 +121,16 @@ class AccessNode(Node):
         self.snapshot = below.snapshot
 
 
+@dataclass(frozen=True, slots=True)
+class JobNodes:
+    """The nodes that a job stands on; ``filter_name``: of the one that shows its filter, if a client has named it."""
+
+    job_id: str
+    source: Node
+    target: Node
+    filter_name: str | None = None
+
+
 class Served:
     """An image with its coordinator, and the node that it was first served by: bitmaps are shown there."""
 
@@ -131,11 +140,14 @@ class Served:
         #: Served since the daemon's start, as QEMU's drives are: it is a device of its node's name.
         self.device = device
 
+    def unfinished(self) -> bool:
+        """Whether it has a snapshot or a job that has not ended, or is kept to be dismissed."""
+        jobs = [job for job in self.coordinator.jobs if job.auto_dismiss is not None or not job.ended]
+        return bool(self.coordinator.snapshots or jobs)
+
     def needed(self) -> bool:
         """Whether the next daemon has something to come back for."""
-        coordinator = self.coordinator
-        jobs = [job for job in coordinator.jobs if job.status != CONCLUDED]
-        return bool(coordinator.snapshots or jobs or coordinator.bitmaps)
+        return self.unfinished() or bool(self.coordinator.bitmaps)
 
 
 class Graph:
@@ -145,6 +157,7 @@ class Graph:
         self._serve = serve
         self.nodes: dict[str, Node] = {}
         self.served: dict[Identity, Served] = {}
+        self._jobs: dict[str, JobNodes] = {}
         self._next_auto = 1
 
     # -- names -----------------------------------------------------------------------------------------------------
@@ -189,13 +202,30 @@ class Graph:
     def remove(self, name: str) -> None:
         """Remove a node and the children that were given inline with it; QMPError while anything needs it."""
         node = self.find_node(name)
-        if node.targets_of:
+        jobs = self._live_jobs()
+        if self.is_target(node):
             raise busy(node)
+        if name in {job.filter_name for job in jobs} or self._has_writers(node):
+            raise QMPError(f"Node {name} is in use")
         if not node.owned:
             raise QMPError(f"Node {name} is not owned by the monitor")
-        if node.parents or node.users:
+        if node.parents or node in {job.source for job in jobs}:
             raise QMPError(f"Block device {name} is in use")
         self._remove(node)
+
+    def _has_writers(self, node: Node) -> bool:
+        """Whether a node is the last one of a served image that somebody has open for writing."""
+        found = next(((identity, each) for identity, each in self.served.items() if each.node is node), None)
+        if found is None or self._others(node, found[0]):
+            return False
+        _, served = found
+        segment = served.coordinator.segment
+        slots = range(segment.geometry.slot_count)
+        return any(segment.slot(slot, Slot.pid) and segment.locked(slot_byte(slot)) for slot in slots)
+
+    def _others(self, node: Node, identity: Identity) -> list[Node]:
+        """Other nodes of the image of a node."""
+        return [each for each in self.nodes.values() if each is not node and self._names(each, identity)]
 
     def discard(self, node: Node) -> None:
         """Remove an inline child that could not get its parent."""
@@ -217,7 +247,7 @@ class Graph:
         """The last node of a served image takes its coordinator along; another one takes over the serving."""
         for identity, served in list(self.served.items()):
             if served.node is node:
-                others = [each for each in self.nodes.values() if each is not node and self._names(each, identity)]
+                others = self._others(node, identity)
                 if others:
                     served.node = others[-1]
                 else:
@@ -232,6 +262,39 @@ class Graph:
             return node.file().identity() == identity
         except QMPError:
             return False
+
+    # -- jobs --------------------------------------------------------------------------------------------------------
+
+    def stand(self, job: JobNodes) -> None:
+        """A job is about to stand on nodes."""
+        self._jobs[job.job_id] = job
+        if job.filter_name is not None:
+            self.add(Node(job.filter_name, "copy-before-write", (job.source,), owned=False))
+
+    def let_go(self, job_id: str) -> None:
+        """It does not, or not any more."""
+        job = self._jobs.pop(job_id, None)
+        node = self.nodes.get(job.filter_name) if job is not None and job.filter_name is not None else None
+        if node is not None:
+            self._remove(node)
+
+    def settle(self) -> None:
+        """Let go of nodes of jobs that have ended.  Called before each command that alters something, or looks at
+        nodes; a job's filter is gone before anybody can look for it in the state `concluded`."""
+        live = {job.job_id for job in self._live_jobs()}
+        for job_id in list(self._jobs):
+            if job_id not in live:
+                self.let_go(job_id)
+
+    def _live_jobs(self) -> list[JobNodes]:
+        ended = (CONCLUDED, NULL)
+        live = {job.id for _, owner in self.coordinators() for job in owner.jobs if job.status not in ended}
+        return [job for job in list(self._jobs.values()) if job.job_id in live]
+
+    def is_target(self, node: Node) -> bool:
+        """Whether a job writes a node's file."""
+        targets = [job.target for job in self._live_jobs()]
+        return any(node is target or node.file() is target.file() for target in targets)
 
     # -- served images ---------------------------------------------------------------------------------------------
 
@@ -290,12 +353,21 @@ class Graph:
         for served in list(self.served.values()):
             yield served, served.coordinator
 
-    def close(self) -> None:
-        """Close every coordinator: jobs are cancelled, snapshots dropped."""
+    def close(self, *, detach: bool = False) -> bool:
+        """Close every coordinator: jobs are cancelled, snapshots dropped.
+
+        With ``detach``, those that somebody must come back for are left as they are: whether there are any.  Then this
+        process has to end at once, without clean-up of its own: what it leaves is what a killed one leaves.
+        """
+        left = False
         while self.served:
             _, served = self.served.popitem()
-            self._close(served)
+            if detach and served.unfinished():
+                left = True
+            else:
+                self._close(served)
         self.nodes.clear()
+        return left
 
     @staticmethod
     def _close(served: Served) -> None:
@@ -316,7 +388,12 @@ class Graph:
             nodes: dict[str, Any] = {}
             if served.needed():
                 kept = [node for node in self.nodes.values() if self._belongs(node, served, identity)]
-                nodes = {"served": served.node.name, "nodes": [_to_json(node) for node in kept]}
+                jobs = [job for job in self._live_jobs() if job.source in kept]
+                nodes = {
+                    "served": served.node.name,
+                    "nodes": [_to_json(node) for node in kept],
+                    "jobs": {job.job_id: [job.source.name, job.target.name, job.filter_name] for job in jobs},
+                }
             _store(served, nodes)
 
     def _belongs(self, node: Node, served: Served, identity: Identity) -> bool:
@@ -324,7 +401,10 @@ class Graph:
             return True
         if isinstance(node, (SnapshotNode, AccessNode)):
             return self._names(_image_node(node), identity)
-        return self._names(node, identity) or any(job.id in node.targets_of for job in served.coordinator.jobs)
+        ids = {job.id for job in served.coordinator.jobs}
+        return self._names(node, identity) or any(
+            node is job.target or node is job.target.file() for job in self._live_jobs() if job.job_id in ids
+        )
 
     def _restore(self, served: Served) -> None:
         """Make the nodes again that are in an image's journal; its entries are checked, and dropped if they are wrong.
@@ -337,6 +417,15 @@ class Graph:
                 self._restore_node(served, entry)
             except (ShmcbwError, ValueError, TypeError, KeyError, AttributeError) as error:
                 log.warning("a node in the journal of %s is dropped: %s", served.coordinator.path, error)
+        stored = served.coordinator.journal.document["nodes"].get("jobs", {})
+        for job_id, names in stored.items() if isinstance(stored, dict) else ():
+            try:
+                source, target, filter_name = names
+                if filter_name is not None:
+                    self.check_name(filter_name)
+                self.stand(JobNodes(job_id, self.nodes[source], self.nodes[target], filter_name))
+            except (KeyError, TypeError, ValueError, QMPError) as error:
+                log.warning("the nodes of job %s are dropped: %s", job_id, error)
         named = {id(node.snapshot) for node in self.nodes.values() if isinstance(node, SnapshotNode)}
         for snapshot in served.coordinator.snapshots:
             if id(snapshot) not in named:
@@ -357,12 +446,12 @@ class Graph:
             (below,) = children
             node = Node(name, driver, (below,), owned=owned)
         elif driver == "copy-before-write":
-            image, target = children
+            image, *targets = children
             serial = entry["serial"]
             found = [each for each in served.coordinator.snapshots if each.serial == serial]
             if not found:
                 raise ValueError(f"{name} was a snapshot that is not there any more")
-            node = SnapshotNode(name, image, target, found[0])
+            node = SnapshotNode(name, image, targets[0] if targets else None, found[0])
         elif driver == "snapshot-access" and isinstance(children[0], SnapshotNode):
             node = AccessNode(name, children[0])
         else:
@@ -376,11 +465,16 @@ class Graph:
     def describe(self, node: Node) -> dict[str, Any]:
         """A node as query-named-block-nodes has it."""
         file = node.file()
+        try:
+            allocated, size = file.allocated_bytes(), file.size_bytes()
+        except (QMPError, OSError):
+            # Somebody has removed the file; the others are to be seen nevertheless.
+            allocated = size = 0
         image: dict[str, Any] = {
             "filename": file.path,
             "format": node.driver,
-            "actual-size": file.allocated_bytes(),
-            "virtual-size": file.size_bytes(),
+            "actual-size": allocated,
+            "virtual-size": size,
         }
         if node.driver != "snapshot-access":
             image["dirty-flag"] = False

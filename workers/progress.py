@@ -10,11 +10,12 @@ from shmcbw.sizes import format_size
 
 from .job_states import CONCLUDED
 from .jobs import Job
+from .remote import RemoteJob
 
 LOOK_S = 0.1
 
 
-def follow(job: Job) -> None:
+def follow(job: Job | RemoteJob) -> None:
     """Show a job until it is concluded; raise its error if it failed or was cancelled."""
     try:
         import rich.console
@@ -37,7 +38,7 @@ def follow(job: Job) -> None:
     job.wait()
 
 
-def _follow_plainly(job: Job) -> None:
+def _follow_plainly(job: Job | RemoteJob) -> None:
     shown = 0.0
     while not _concluded(job):
         if time.monotonic() - shown >= 1:
@@ -47,7 +48,7 @@ def _follow_plainly(job: Job) -> None:
     job.wait()
 
 
-def _concluded(job: Job) -> bool:
+def _concluded(job: Job | RemoteJob) -> bool:
     if job.status != CONCLUDED:
         try:
             job.wait(LOOK_S)

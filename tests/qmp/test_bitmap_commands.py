@@ -51,7 +51,7 @@ def test_bitmaps_follow_writes_and_are_there_again_after_a_kill(served: tuple[Mo
 
 
 def test_merging_nothing_changes_nothing(served: tuple[Monitored, Connection, Path]) -> None:
-    """QEMU 7.2 ends over it."""
+    """D13: QEMU 7.2 ends over it."""
     _, client, _ = served
     client.execute("block-dirty-bitmap-add", node="n", name="b")
     client.execute("block-dirty-bitmap-merge", node="n", target="b", bitmaps=[])
@@ -61,6 +61,7 @@ def test_merging_nothing_changes_nothing(served: tuple[Monitored, Connection, Pa
 def test_bitmaps_of_another_image_are_not_merged(
     served: tuple[Monitored, Connection, Path], make_image: MakeImage
 ) -> None:
+    """D14."""
     _, client, _ = served
     other = make_image(SIZE, "other.img")
     client.execute("blockdev-add", driver="file", node_name="other", filename=str(other))
@@ -74,6 +75,7 @@ def test_bitmaps_of_another_image_are_not_merged(
 def test_persistent_bitmaps_need_a_state_directory_and_outlive_the_daemon(
     tmp_path: Path, make_image: MakeImage
 ) -> None:
+    """D15."""
     image, state = make_image(SIZE), tmp_path / "state"
     state.mkdir(mode=0o700)
     with Monitored(tmp_path, "--image", f"filename={image},node-name=n", "--state-dir", str(state)) as daemon:

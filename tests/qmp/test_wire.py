@@ -151,6 +151,7 @@ def test_nesting_has_qemus_limit() -> None:
 
 
 def test_a_message_that_never_ends_is_an_error_and_not_kept() -> None:
+    """D16."""
     for piece in (b"[0," + b"0," * 1000, b'["' + b"x" * 4096, b"9" * 4096, b"a" * 4096):
         decoder = Decoder()
         found: list[Any] = []
@@ -172,4 +173,5 @@ def test_the_dearest_message_is_parsed_in_a_moment() -> None:
 
 
 def test_an_infinite_number_is_refused_since_no_reply_could_carry_it() -> None:
+    """D17."""
     assert decode(b"[1e400]") == [bad("number '1e400' is out of range")]

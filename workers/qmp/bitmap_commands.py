@@ -17,17 +17,16 @@ from .schema import QMPError
 
 def action_of(desk: Desk, command: str, arguments: Arguments) -> tuple[Served, BitmapAction]:
     """The image and the action of a bitmap command's arguments; QMPError."""
-    node = desk.graph.find(arguments["node"])
-    served = desk.graph.image_if_served(node)
     if command == "block-dirty-bitmap-add":
-        served = served or desk.graph.image(node)
-        return served, BitmapAction(
+        return desk.graph.image(desk.graph.find(arguments["node"])), BitmapAction(
             "add",
             arguments["name"],
             granularity=arguments.get("granularity"),
             persistent=arguments.get("persistent", False),
             disabled=arguments.get("disabled", False),
         )
+    node = desk.graph.find_node(arguments["node"], "Node '{}' not found")
+    served = desk.graph.image_if_served(node)
     if served is None:
         # Bitmaps are only on images that are served.
         raise BitmapError(f"Dirty bitmap '{arguments.get('name', arguments.get('target'))}' not found")
@@ -59,7 +58,7 @@ def _run(command: str) -> Handler:
 
 
 def _sha256(desk: Desk, arguments: Arguments) -> dict[str, str]:
-    served = desk.graph.image_if_served(desk.graph.find(arguments["node"]))
+    served = desk.graph.image_if_served(desk.graph.find_node(arguments["node"], "Node '{}' not found"))
     if served is None:
         raise BitmapError(f"Dirty bitmap '{arguments['name']}' not found")
     return {"sha256": served.coordinator.bitmaps.sha256(arguments["name"])}

@@ -33,13 +33,15 @@ class Client:
     """
 
     def __init__(self, path: str, *, negotiate: bool = True, pid: int = 0) -> None:
+        self.path = path
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.events: list[dict[str, Any]] = []
         self._received = bytearray()
         try:
             self.socket.settimeout(ANSWER_TIMEOUT_S)
             self.socket.connect(path)
-            if pid and peer(self.socket)[0] != pid:
+            self.pid = peer(self.socket)[0]
+            if pid and self.pid != pid:
                 raise ConnectionError(f"{path} is not the socket of the daemon with pid {pid}")
             self.greeting = self.receive()
             if negotiate:

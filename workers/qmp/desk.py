@@ -35,11 +35,13 @@ class Desk:
 
     def execute(self, name: str, arguments: Arguments) -> Any:
         """Run a command whose arguments are checked."""
+        if not BY_NAME[name].alters:
+            return self._handlers[name](self, arguments)
+        self.graph.settle()
         try:
             return self._handlers[name](self, arguments)
         finally:
-            if BY_NAME[name].alters:
-                self.graph.store()
+            self.graph.store()
 
     def image(self, name: str) -> Served:
         """The image that a node names, which has to be served."""

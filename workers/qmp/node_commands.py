@@ -98,7 +98,7 @@ def check_pair(desk: Desk, source: Node, target: Node) -> tuple[Served, str]:
         raise QMPError(f"node '{target.name}' ({target.driver}) can't be written")
     if source is target or source.file().identity() == target.file().identity():
         raise QMPError("Source and target cannot be the same")
-    if target.targets_of:
+    if desk.graph.is_target(target):
         raise busy(target)
     if target.file().read_only:
         raise QMPError("Block node is read-only")

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import base64
+import os
 from typing import Any
 
 from shmcbw import failpoints
+from shmcbw.image import Identity
 from shmcbw.layout import HISTOGRAM_COUNT, Slot
 from shmcbw.reader import SnapshotReader
 from shmcbw.status import describe_segment
 
-from ..nodes import AccessNode
+from ..groups import Backup, backup_group
+from ..increments import backup_parameters
+from ..nodes import AccessNode, Served, SnapshotNode
 from .desk import Arguments, Desk, Handler
-from .schema import QMPError
+from .job_commands import find_job
+from .schema import QMPError, message_of
 
 READ_BYTES_MAX = 1 << 20
 
@@ -84,7 +89,62 @@ def _discard(desk: Desk, arguments: Arguments) -> dict[str, Any]:
     return {}
 
 
+def _served(desk: Desk, path: str) -> Served:
+    try:
+        identity = Identity.of(os.stat(path))
+    except (OSError, ValueError) as error:
+        raise QMPError(f"Could not open '{path}': {message_of(error)}") from None
+    found = desk.graph.served.get(identity)
+    if found is None:
+        raise QMPError(f"{path} is no image that is served")
+    return found
+
+
+def _find_image(desk: Desk, arguments: Arguments) -> dict[str, str]:
+    return {"node-name": _served(desk, arguments["filename"]).node.name}
+
+
+def _query_job(desk: Desk, arguments: Arguments) -> dict[str, Any]:
+    return find_job(desk, arguments["id"], block=False).describe()
+
+
+_BITMAP_OPTIONS: Arguments = {
+    "since": None,
+    "sync": None,
+    "bitmap_mode": None,
+    "in_place": False,
+    "manifest": False,
+    "overwrite": False,
+    "persistent": False,
+}
+
+
+def _backup(desk: Desk, arguments: Arguments) -> dict[str, Any]:
+    requests, notes = [], []
+    for options in arguments["backups"]:
+        given = {name.replace("-", "_"): value for name, value in options.items()}
+        coordinator = _served(desk, given.pop("image")).coordinator
+        target = given.pop("target_file")
+        bitmap_options = {name: given.pop(name, default) for name, default in _BITMAP_OPTIONS.items()}
+        parameters, said = backup_parameters(coordinator.bitmaps, coordinator.path, **bitmap_options)
+        notes += [said] if said else []
+        requests.append(Backup(coordinator, target, **given, **parameters))
+    return {"jobs": [job.id for job in backup_group(requests)], "notes": notes}
+
+
+def _snapshot(desk: Desk, arguments: Arguments) -> dict[str, Any]:
+    name = desk.graph.check_name(arguments["node-name"])
+    served = _served(desk, arguments["image"])
+    snapshot = served.coordinator.snapshot(arguments["scratch-file"])
+    desk.graph.add(SnapshotNode(name, served.node, None, snapshot))
+    return {}
+
+
 HANDLERS: dict[str, Handler] = {
+    "x-shmcbw-snapshot-add": _snapshot,
+    "x-shmcbw-backup": _backup,
+    "x-shmcbw-query-job": _query_job,
+    "x-shmcbw-find-image": _find_image,
     "x-shmcbw-query-image": _image,
     "x-shmcbw-query-waits": _waits,
     "x-shmcbw-query-slots": _part("slots"),

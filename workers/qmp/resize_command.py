@@ -19,7 +19,7 @@ def _resize(desk: Desk, arguments: Arguments) -> dict[str, Any]:
         raise QMPError("Parameter 'size' expects a >0 size")
     if node.driver not in ("file", "host_device", "raw"):
         raise QMPError(f"node '{node.name}' ({node.driver}) is no image: resize the one below it")
-    if node.targets_of:
+    if desk.graph.is_target(node):
         raise busy(node)
     if node.file().read_only:
         raise QMPError("Block node is read-only")

@@ -25,6 +25,13 @@ class QMPError(ShmcbwError):
         self.error_class = error_class
 
 
+def message_of(error: BaseException) -> str:
+    """What an error of ours or of the operating system says, without its number."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
+
+
 def _last(path: str) -> str:
     """What QEMU calls a value in errors about its content: the member's own name, and ``null`` in a list."""
     name = path.rpartition(".")[2]

@@ -14,6 +14,7 @@ Who may connect: the socket is 0600, and the kernel's word on the peer (SO_PEERC
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import fcntl
 import logging
@@ -22,13 +23,13 @@ import socket
 import stat
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from shmcbw.errors import ShmcbwError
 
-from .schema import QMPError
+from .schema import QMPError, message_of
 from .vocabulary import BY_NAME
 from .wire import Decoder, Malformed, encode
 
@@ -82,6 +83,7 @@ class Server:
         self._listener: asyncio.Server | None = None
         self._count = 0
         self._inode: tuple[int, int] = (0, 0)
+        self._ending = False
 
     def bind(self) -> None:
         """Take the path; clients may connect and wait.  OSError: it is another daemon's, too long, or can't be had."""
@@ -94,15 +96,25 @@ class Server:
         self._loop = asyncio.get_running_loop()
         self._listener = await asyncio.start_unix_server(self._connected, sock=self._socket, limit=_READ_BYTES)
 
-    async def close(self) -> None:
-        """Stop listening, let the command that runs come to its end, and part from the clients."""
+    @contextlib.asynccontextmanager
+    async def ending(self) -> AsyncIterator[None]:
+        """The end: no new clients and no new commands; the command that runs comes to its end; then the block, of which
+        events still go out; then the clients are let go."""
         if self._socket is not None:
             remove_socket(self.path, self._inode)
             if self._listener is not None:
                 self._listener.close()
             self._socket.close()
-        async with self._turn:
-            pass
+        self._ending = True
+        try:
+            async with self._turn:
+                yield
+        finally:
+            await self._part()
+
+    async def _part(self) -> None:
+        # What was posted until now is queued first.
+        await asyncio.sleep(0)
         clients = dict(self._clients)
         for client in clients:
             client.writer.close()
@@ -195,6 +207,8 @@ class Server:
         if not command.alters:
             return await loop.run_in_executor(self._threads, self._guarded, name, checked)
         async with self._turn:
+            if self._ending:
+                raise QMPError("the daemon is ending")
             return await loop.run_in_executor(self._threads, self._guarded, name, checked)
 
     def _guarded(self, name: str, arguments: dict[str, Any]) -> Any:
@@ -208,13 +222,6 @@ class Server:
         except Exception as error:  # a thread's outermost level
             log.exception("command %s", name)
             raise QMPError(f"internal error in {name}: {type(error).__name__}: {error}") from error
-
-
-def message_of(error: BaseException) -> str:
-    """What an error of ours or of the operating system says, without its number."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error)
 
 
 def parse_request(message: Any) -> tuple[str, dict[str, Any]]:

@@ -264,6 +264,25 @@ EXTENT = Object(
 )
 FAILPOINT = Object("ShmcbwFailpoint", Member("name", STRING), Member("protocol", STRING), Member("step", STRING))
 
+SHMCBW_BACKUP = Object(
+    "ShmcbwBackup",
+    Member("image", STRING, "path of a served image"),
+    Member("target-file", STRING, "path of the target, which is made"),
+    optional(
+        "sync", Enum("ShmcbwSync", *SYNC.values, "auto"), "auto: incremental if the bitmap can be trusted, else full"
+    ),
+    optional("since", STRING, "a bitmap"),
+    optional("bitmap-mode", BITMAP_MODE),
+    optional("in-place", BOOLEAN, "bring an older backup forward"),
+    optional("manifest", BOOLEAN, "take checksums, and say what the target holds"),
+    optional("overwrite", BOOLEAN, "an existing target of the same size may be replaced"),
+    optional("persistent", BOOLEAN, "of a bitmap that auto makes"),
+    optional("job-id", STRING),
+    optional("speed", INTEGER, "background bytes a second, 0: no limit"),
+    optional("on-cbw-error", ON_CBW_ERROR, "default break-snapshot"),
+    optional("cbw-timeout", NUMBER, "seconds, 0: none; default 30"),
+)
+
 # -- commands ---------------------------------------------------------------------------------------------------------
 
 _NODE = Member("node-name", STRING)
@@ -315,7 +334,7 @@ COMMANDS = (
     Command("query-jobs", "All jobs.", gives=List(JOB_INFO), alters=False),
     Command("block-job-pause", "As job-pause.", _DEVICE),
     Command("block-job-resume", "As job-resume.", _DEVICE),
-    Command("block-job-cancel", "As job-cancel.", _DEVICE, optional("force", BOOLEAN, "no effect on a backup")),
+    Command("block-job-cancel", "As job-cancel.", _DEVICE, optional("force", BOOLEAN, "also while it is paused")),
     Command("block-job-complete", "As job-complete.", _DEVICE),
     Command("block-job-finalize", "As job-finalize.", _JOB),
     Command("block-job-dismiss", "As job-dismiss.", _JOB),
@@ -344,6 +363,24 @@ COMMANDS = (
         Member("actions", List(TRANSACTION_ACTION)),
         optional("properties", TRANSACTION_PROPERTIES),
     ),
+    Command(
+        "x-shmcbw-backup",
+        "Backups by path, with one cut for all; the command line's. Such jobs stay, the last 100 of them.",
+        Member("backups", List(SHMCBW_BACKUP)),
+        gives=Object(
+            "ShmcbwStarted",
+            Member("jobs", List(STRING), "ids, in order"),
+            Member("notes", List(STRING), "what auto has decided"),
+        ),
+    ),
+    Command("x-shmcbw-query-job", "All that is known of a job.", _JOB, gives=ANY, alters=False),
+    Command(
+        "x-shmcbw-find-image",
+        "The node of a served image.",
+        Member("filename", STRING),
+        gives=Object("ShmcbwNode", Member("node-name", STRING)),
+        alters=False,
+    ),
     Command("x-shmcbw-query-image", "What `shmcbw status` shows of an image.", _NODE, gives=ANY, alters=False),
     Command("x-shmcbw-query-waits", "How long writes waited for copies.", _NODE, gives=WAITS, alters=False),
     Command("x-shmcbw-query-slots", "The writers of an image.", _NODE, gives=List(ANY), alters=False),
@@ -362,6 +399,13 @@ COMMANDS = (
         _NODE,
         Member("name", STRING),
         Member("action", STRING, "`kill`, `stop`, `delay:MS`, `errno:NAME`, with `@SKIP` and `*TIMES`; empty: disarm"),
+    ),
+    Command(
+        "x-shmcbw-snapshot-add",
+        "Takes a snapshot of an image by its path, as a copy-before-write node; the command line's.",
+        _NODE,
+        Member("image", STRING, "path of a served image"),
+        Member("scratch-file", STRING, "path of the scratch, which is made and goes with the snapshot"),
     ),
     Command(
         "x-shmcbw-snapshot-read",
@@ -411,9 +455,13 @@ EVENTS = (
     Event(
         "SNAPSHOT_BROKEN",
         "Ours: a snapshot can't be right any more, and every read of it fails.",
-        Member("node-name", STRING),
+        Member("filename", STRING, "the image"),
+        Member("snapshot", INTEGER, "its index, as in x-shmcbw-query-snapshots"),
+        Member("serial", INTEGER, "its serial number"),
+        optional("job", STRING, "the job that fails with it"),
         Member("errno", INTEGER),
         Member("error", STRING),
+        Member("cluster", INTEGER),
         Member("offset", INTEGER, "bytes: where the first failure was"),
         Member("time", NUMBER, "seconds since 1970"),
     ),
