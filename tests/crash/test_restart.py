@@ -101,26 +101,27 @@ def test_orphans_serve_writers_while_a_snapshot_needs_them_and_leave_when_the_la
         assert snapshot.pread(SIZE, 0) == expected
 
 
-def test_orphans_leave_when_their_backup_is_copied_although_no_coordinator_returns(image: Path, tmp_path: Path) -> None:
-    wait_gone(kill_owner(image, {"do": "backup", "target": str(tmp_path / "out")}))
-    with Coordinator(image, workers=1) as coordinator:
-        for job in coordinator.jobs:
-            job.wait(20)
-    assert (tmp_path / "out").read_bytes() == image.read_bytes()
-
-
-def test_orphans_of_a_coordinator_that_died_before_its_cut_leave(image: Path, tmp_path: Path) -> None:
-    owner = Owner(image, SHMCBW_FAILPOINTS="coordinator.prepared=kill")
+def test_orphans_leave_when_nobody_needs_them_although_no_coordinator_returns(
+    make_image: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Of one image the backup is copied, and only not finished; of the other one the cut was never taken."""
+    copied, uncut = make_image(SIZE, "copied.img"), make_image(SIZE, "uncut.img")
+    orphans = kill_owner(copied, {"do": "backup", "target": str(tmp_path / "out")})
+    owner = Owner(uncut, SHMCBW_FAILPOINTS="coordinator.prepared=kill")
     try:
         assert owner.answer() is not None
-        assert owner.ask(do="backup", target=str(tmp_path / "out")) is None
+        assert owner.ask(do="backup", target=str(tmp_path / "never")) is None
         owner.process.wait()
-        wait_gone(workers_of(image))
+        wait_gone([*orphans, *workers_of(uncut)])
     finally:
         owner.end()
-    with Coordinator(image, workers=1) as coordinator:
+    with Coordinator(copied, workers=1) as coordinator:
+        for job in coordinator.jobs:
+            job.wait(20)
+    assert (tmp_path / "out").read_bytes() == copied.read_bytes()
+    with Coordinator(uncut, workers=1) as coordinator:
         assert coordinator.jobs == []
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk.img"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copied.img", "out", "uncut.img"]
 
 
 def test_a_dead_coordinators_worker_that_dies_after_the_adoption_gives_its_claims_back(
@@ -398,9 +399,10 @@ def test_an_id_that_a_dead_coordinators_worker_takes_at_the_last_moment_is_left_
             assert owner.answer() is not None
             if taken:
                 ids = [segment.worker(worker_id, Worker.pid) != 0 for worker_id in (1, 2, 3)]
+                # Before it closes: who holds an id keeps the segment.
+                segment.close()
                 assert ids == [False, True, True]
                 assert owner.ask(do="close") is not None
-                segment.close()
                 return
             segment.close()
         finally:
