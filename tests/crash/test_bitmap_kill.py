@@ -13,8 +13,8 @@ import pytest
 
 import shmcbw
 from shmcbw import failpoints
-from shmcbw.image import ImageFile
-from shmcbw.segment import attach
+from shmcbw.image import Identity, ImageFile
+from shmcbw.segment import SHM, attach, segment_name
 from tests.chains import assert_never_wrong, change, restored
 from tests.conftest import wait_for
 from tests.owner import Owner
@@ -46,7 +46,7 @@ POINTS = [
 STEPS = [(point, skip) for point in POINTS for skip in ((0, 1, 2) if point.startswith("journal") else (0,))]
 ROUNDS = [(point, skip, in_place) for point, skip in STEPS for in_place in (False, True)]
 if os.environ.get("SHMCBW_MATRIX") != "all":
-    ROUNDS = sorted(random.Random(SEED).sample(ROUNDS, 6))
+    ROUNDS = sorted(random.Random(SEED).sample(ROUNDS, 3))
 
 
 class Service:
@@ -176,7 +176,7 @@ def is_finished(service: Service, target: Path, changed: set[int]) -> bool:
 RESTS = [("increment.sealed", 0), *(("journal.renamed", skip) for skip in range(3)), ("coordinator.freed", 0)]
 REST_ROUNDS = [(point, skip, in_place) for point, skip in RESTS for in_place in (False, True)]
 if os.environ.get("SHMCBW_MATRIX") != "all":
-    REST_ROUNDS = sorted(random.Random(SEED).sample(REST_ROUNDS, 4))
+    REST_ROUNDS = sorted(random.Random(SEED).sample(REST_ROUNDS, 2))
 
 
 @pytest.mark.parametrize(("point", "skip", "in_place"), REST_ROUNDS)
@@ -236,6 +236,51 @@ def test_a_paused_increment_is_paused_in_the_next_coordinator_and_ends_right(
         service.ask(do="wait")
     assert restored([directory / "base", target], tmp_path / "out") == at_cut
     assert service.dirty() == {9}
+
+
+def test_a_coordinator_that_is_killed_over_a_change_of_a_bitmap_has_made_it_or_not(
+    service: Service, image: Path, tmp_path: Path
+) -> None:
+    """At any step of storing it; what was written before the kill is in every bitmap that recorded it."""
+    print(f"SHMCBW_SEED={SEED}")
+    chance = random.Random(SEED)
+    changes: list[tuple[str, list[object], dict[str, object]]] = [
+        ("disable", ["b"], {}),
+        ("add", ["c"], {"granularity": 4096}),
+        ("merge", ["c", ["b"]], {}),
+        ("enable", ["b"], {}),
+        ("clear", ["c"], {}),
+        ("merge", ["b", ["c"]], {}),
+        ("disable", ["c"], {}),
+        ("remove", ["c"], {}),
+    ]
+    with shmcbw.open(image) as disk:
+        service.bitmap("add", "b")
+        for number, (call, arguments, how) in enumerate(changes):
+            disk.pwrite(b"x", (number + 1) * CLUSTER)
+            before = service.bitmap("query")
+            # A set's file is stored first, where there is one.
+            service.arm(chance.choice(("journal.written", "journal.renamed")), f"kill@{chance.randrange(2)}*1")
+            answer = service.owner.ask(do="bitmap", call=call, **{"with": arguments, "how": how})
+            if answer is not None:
+                assert answer["ok"] is None
+                service.owner.process.kill()
+            service.arm("journal.written", "")
+            service.arm("journal.renamed", "")
+            service.restart()
+            found = service.bitmap("query")
+            assert not any(each["busy"] or each.get("inconsistent") for each in found)
+            if found == before and answer is None:
+                # Not made; made now, it is what it would have been then.
+                service.bitmap(call, *arguments, **how)
+            assert service.dirty() >= recorded(number), call
+        assert [each["name"] for each in service.bitmap("query")] == ["b"]
+        assert not list(Path(SHM).glob(f"{segment_name(Identity.of(os.stat(image)))[1:]}.d*.new"))
+
+
+def recorded(number: int) -> set[int]:
+    """What "b" must hold after change `number` of the test above: it does not record from the first to the fourth."""
+    return {1} | set(range(5, number + 2))
 
 
 def test_base_and_increments_are_the_image_at_every_cut_whatever_is_killed(
