@@ -3,9 +3,10 @@
 Commands: {"do": "backup", "target", "speed"?, "cbw_timeout"?, "how"?}, {"do": "snapshot", "scratch", "cbw_timeout"?},
 {"do": "bitmap", "call", "with", "how"}; of all jobs {"do": "speed", "speed"}, {"do": "pause"}, {"do": "resume"},
 {"do": "cancel"}, {"do": "wait"}, {"do": "results"} and {"do": "statuses"}; {"do": "read"}, {"do": "resize", "size"},
-{"do": "drop"}, {"do": "close"}, and with several images {"do": "group", "targets"}: the others then are about all of
-them.  Each is answered by {"ok": …} or {"error": type, "message": …}.  It may be killed at any moment.  Its drained
-sections last for OWNER_DRAIN_LIMIT_S (environment) at most, 2 s if that is not set; OWNER_STATE_DIR: for bitmaps.
+{"do": "drop"}, {"do": "close"}, {"do": "jobs"}, {"do": "verb", "target", "verb", "with"?} (of one job), and with several
+images {"do": "group", "targets", "speeds"?, "together"?, "how"?}: the others then are about all of them.  Each is
+answered by {"ok": …} or {"error": type, "message": …}.  It may be killed at any moment.  Its drained sections last for
+OWNER_DRAIN_LIMIT_S (environment) at most, 2 s if that is not set; OWNER_STATE_DIR: for bitmaps.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from shmcbw.errors import ShmcbwError
-from shmcbw.workers import Backup, Coordinator, Job, backup_group
+from shmcbw.workers import Backup, Coordinator, Job, JobTransaction, backup_group
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -105,8 +106,10 @@ def _do(coordinators: list[Coordinator], command: dict[str, Any]) -> Any:
         found = getattr(coordinators[0].bitmaps, command["call"])(*command.get("with", []), **command.get("how", {}))
         return list(found) if command["call"] == "extents" else found
     if action == "group":
-        members = zip(coordinators, command["targets"], strict=True)
-        return [job.id for job in backup_group([Backup(*member, cbw_timeout=20) for member in members])]
+        members = zip(coordinators, command["targets"], command.get("speeds", [0] * len(coordinators)), strict=True)
+        how = {"transaction": JobTransaction() if command.get("together") else None, **command.get("how", {})}
+        backups = [Backup(owner, target, cbw_timeout=20, speed=speed, **how) for owner, target, speed in members]
+        return [job.id for job in backup_group(backups)]
     if action == "snapshot":
         coordinators[0].snapshot(command["scratch"], cbw_timeout=timeout)
     elif action == "speed":
@@ -118,6 +121,11 @@ def _do(coordinators: list[Coordinator], command: dict[str, Any]) -> Any:
                 getattr(job, action)()
     elif action == "statuses":
         return {job.target: job.status for job in jobs}
+    elif action == "verb":
+        job = next(job for job in jobs if job.target == command["target"])
+        getattr(job, command["verb"])(*command.get("with", []))
+    elif action == "jobs":
+        return [job.describe() for job in jobs]
     elif action == "cancel":
         for job in jobs:
             job.cancel()

@@ -39,6 +39,8 @@ class JobTransaction:
         self.size = 0
         #: The decision to end well was made, and is to be carried out.
         self.decided = False
+        #: It has failed: so will those that are adopted later.
+        self.failed = False
         self._members: list[Job] = []
         _transactions[self.id] = self
 
@@ -79,14 +81,17 @@ class JobTransaction:
         with self._locked() as members:
             live = [job for job in members if not job.ended]
             failed = [job for job in live if job.failure is not None]
-            if failed and not self.decided:
+            if (failed or self.failed) and not self.decided:
                 self._fail(failed + [job for job in live if job not in failed])
-            elif len(members) == self.size and live:
-                if all(job.status == states.WAITING for job in live):
+            elif live and (self.decided or len(members) == self.size):
+                # Decided: those that are not here have ended well already, or will.
+                # Pending among them: a coordinator died after some of them had been told.
+                if all(job.status in (states.WAITING, states.PENDING) for job in live):
                     for job in live:
-                        job.become_pending(kept=self.size > 1 or not self._finalizes_itself(live))
+                        if job.status == states.WAITING:
+                            job.become_pending(kept=self.size > 1 or not self.finalizes_itself)
                 pending = all(job.status == states.PENDING for job in live)
-                if pending and (self.decided or self._finalizes_itself(live)):
+                if pending and self.finalizes_itself:
                     self._conclude(live)
 
     def finalize(self, job: Job) -> None:
@@ -103,9 +108,10 @@ class JobTransaction:
                 job.failure = job.failure or error
                 self._fail([job, *(member for member in members if member is not job and not member.ended)])
 
-    @staticmethod
-    def _finalizes_itself(members: list[Job]) -> bool:
-        return all(job.auto_finalize for job in members)
+    @property
+    def finalizes_itself(self) -> bool:
+        """Whether its pending jobs go on without `finalize`: by what they were asked for, or it was called before."""
+        return self.decided or all(job.auto_finalize for job in self._members)
 
     def _conclude(self, members: list[Job]) -> None:
         if self.size > 1 and not self.decided:
@@ -124,6 +130,7 @@ class JobTransaction:
                 return
 
     def _fail(self, members: list[Job]) -> None:
+        self.failed = not self.decided
         for job in members:
             job.record_failure()
         for job in members:

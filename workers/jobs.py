@@ -319,8 +319,8 @@ class Job:
         if self.failure is None and self._status in (RUNNING, PAUSED):
             self._look_at_snapshot()
         # A transaction acts at once, unless the others have not come, or what was decided is still to be done.
-        waits = self._status == WAITING or (self._status == PENDING and self.transaction.decided)
-        if self.failure is not None or waits:
+        waits = self._status == WAITING or (self._status == PENDING and self.transaction.finalizes_itself)
+        if self.failure is not None or waits or self.transaction.failed:
             unsettled.add(self.transaction)
 
     def _look_at_snapshot(self) -> None:
