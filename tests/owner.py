@@ -4,9 +4,9 @@ Commands: {"do": "backup", "target", "speed"?, "cbw_timeout"?, "how"?}, {"do": "
 {"do": "bitmap", "call", "with", "how"}; of all jobs {"do": "speed", "speed"}, {"do": "pause"}, {"do": "resume"},
 {"do": "cancel"}, {"do": "wait"}, {"do": "results"} and {"do": "statuses"}; {"do": "read"}, {"do": "resize", "size"},
 {"do": "drop"}, {"do": "close"}, {"do": "jobs"}, {"do": "verb", "target", "verb", "with"?} (of one job), and with
-several images {"do": "group", "targets", "speeds"?, "together"?, "how"?}: the others then are about all of them.  Each is
-answered by {"ok": …} or {"error": type, "message": …}.  It may be killed at any moment.  Its drained sections last for
-OWNER_DRAIN_LIMIT_S (environment) at most, 2 s if that is not set; OWNER_STATE_DIR: for bitmaps.
+several images {"do": "group", "targets", "speeds"?, "together"?, "how"?}: the others then are about all of them.
+Each is answered by {"ok": …} or {"error": type, "message": …}.  It may be killed at any moment.  Its drained sections
+last for OWNER_DRAIN_LIMIT_S (environment) at most, 2 s if that is not set; OWNER_STATE_DIR: for bitmaps.
 """
 
 from __future__ import annotations
