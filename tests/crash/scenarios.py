@@ -380,6 +380,7 @@ _CUT = _PREPARE | _all("coordinator", "prepared odd quiet published even", COORD
 _BACKGROUND = _COPY | _all("worker", "background", WORKER)
 _FINISH = _all("coordinator", "complete synced named freed", COORDINATOR)
 _DROP = _all("coordinator", "removed freed", COORDINATOR)
+_JOURNAL = _all("journal", "written renamed", COORDINATOR)
 _REPLACE = _OPEN | _all("coordinator", "reaping reaped spawned", COORDINATOR) | _all("worker", "locked serving", WORKER)
 
 #: Point -> the kind of process that reaches it, by scenario.  What is not here can't be reached there.
@@ -391,7 +392,7 @@ REACHED: dict[str, dict[str, str]] = {
     "background copy": _BACKGROUND | _FINISH,
     "finish": _BACKGROUND | _FINISH | _HOT,
     "read": _all("reader", "looked read discard", READER),
-    "break": _WAIT | _BREAK | _DROP,
+    "break": _WAIT | _BREAK | _DROP | _JOURNAL,
     "failed copy": _WAIT | _SERVE | _BREAK | _all("worker", "failed delivered", WORKER),
     "gate": _TOUCH
     | _all("writer", "gated", WRITER)
@@ -403,11 +404,12 @@ REACHED: dict[str, dict[str, str]] = {
     | _all("coordinator", "prepared odd even", COORDINATOR)
     | _all("gate", "entries opened", COORDINATOR),
     "adopt": _REPLACE
+    | _JOURNAL
     | _all("adopt", "locked opened slots claims groups entry generation", COORDINATOR)
     | {"slot.cleared": COORDINATOR, "retire.marked": COORDINATOR, "worker.left": WORKER},
     "reap": _REPLACE | _all("slot", "cleared", COORDINATOR),
     "attach": _all("slot", "locked taken cleared", WRITER),
-    "cancel": _DROP,
+    "cancel": _DROP | _JOURNAL,
 }
 
 #: Reached or not, as it happens: by whoever else is there, at its own times.

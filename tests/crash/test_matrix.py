@@ -220,7 +220,6 @@ ELSEWHERE = {
     "adopt.groups": "test_groups",
     "resize": "test_resize_kill",
     "increment": "test_bitmap_kill",
-    "journal": "process/test_journal",
 }
 
 

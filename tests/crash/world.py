@@ -24,7 +24,7 @@ from shmcbw.failpoints import POINTS
 from shmcbw.image import Identity, ImageFile
 from shmcbw.invariants import check
 from shmcbw.layout import Header, Worker
-from shmcbw.segment import SHM, Segment, attach, segment_name, worker_byte
+from shmcbw.segment import JOURNAL_SUFFIX, SHM, Segment, attach, segment_name, worker_byte
 from tests.conftest import wait_for
 from tests.crash import wave
 from tests.owner import Owner
@@ -322,8 +322,10 @@ class World:
         return {file for file in os.listdir(SHM) if file.removeprefix("sem.").partition(".")[0] == name}
 
     def _own_names(self, slots: int) -> set[str]:
+        """What a coordinator without snapshots has there; its journal may tell of a job that was lost."""
         name = segment_name(Identity.of(os.stat(self.image)))[1:]
-        return {name, *(f"sem.{name}.{suffix}" for suffix in ("pool", "c", *(f"s{i}" for i in range(slots))))}
+        semaphores = {f"sem.{name}.{suffix}" for suffix in ("pool", "c", *(f"s{i}" for i in range(slots)))}
+        return {name, name + JOURNAL_SUFFIX, *semaphores}
 
     def close(self) -> None:
         """End everybody in order; nothing may be left."""
