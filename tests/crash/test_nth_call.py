@@ -28,17 +28,17 @@ from tests.faults.stages import KINDS, staged
 SEED = int(os.environ.get("SHMCBW_SEED", "1"))
 EVERYTHING = os.environ.get("SHMCBW_NTH_CALL") == "all"
 #: How long a scenario is played for otherwise, in seconds.
-PART_S = 3.0
+PART_S = 2.0
 AT_LEAST = 2
 
 
-def play(stage: Stage, some: Sequence[Fault], limit_s: float = float("inf")) -> list[Fault]:
+def play(stage: Stage, some: Sequence[Fault], limit_s: float = float("inf"), at_least: int = AT_LEAST) -> list[Fault]:
     """Play faults, until the limit and a few that came to be; those that did."""
     deadline = time.monotonic() + limit_s
     fired: list[Fault] = []
     wrong: list[str] = []
     for fault in some:
-        if len(fired) + len(wrong) >= AT_LEAST and time.monotonic() > deadline:
+        if len(fired) + len(wrong) >= at_least and time.monotonic() > deadline:
             break
         try:
             if stage.play(fault, SEED).fired:
@@ -58,7 +58,8 @@ def test_whichever_system_call_fails_the_end_is_legal(tmp_path: Path, scenario: 
         counts = stage.play(None, SEED).counts
         # Around a death, which takes seconds, one call of each kind is enough.
         order = part(faults(counts, chance, some=1 if scenario == "dying" else 3), chance)
-        fired = play(stage, order, float("inf") if EVERYTHING else PART_S)
+        at_least = 1 if scenario == "dying" else AT_LEAST
+        fired = play(stage, order, float("inf") if EVERYTHING else PART_S, at_least)
     print(f"{len(fired)} faults of {len(order)} that were planned came to be")
     assert fired
 
@@ -120,9 +121,12 @@ FOUND = {
 
 @pytest.mark.parametrize("scenario", FOUND)
 def test_a_fault_that_once_ended_wrongly_ends_legally(tmp_path: Path, scenario: str) -> None:
+    some = FOUND[scenario]
+    if not EVERYTHING:
+        some = random.Random(SEED).sample(some, -(-len(some) // 2))
     with staged(tmp_path, scenario) as stage:
-        fired = play(stage, FOUND[scenario])
-    assert fired == FOUND[scenario], "each of them comes to be"
+        fired = play(stage, some)
+    assert fired == some, "each of them comes to be"
 
 
 def test_bitmaps_of_a_dead_coordinator_are_not_forgotten_because_their_journal_can_not_be_opened_now(

@@ -22,7 +22,7 @@ from tests.monitor import Connection, Monitored
 
 SEED = int(os.environ.get("SHMCBW_SEED", "1"))
 EVERYTHING = os.environ.get("SHMCBW_NTH_CALL") == "all"
-PART_S = 4.0
+PART_S = 2.0
 #: For a client whose connection the daemon has no descriptor for.
 PATIENCE_S = 2.0
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 SOURCE = Path(__file__).with_name("shim.c")
+LIBRARY = Path(__file__).resolve().parents[2] / "build" / "faults" / "shim.so"
 
 _RULE = struct.Struct("<6I4Q")
 _PATH_BYTES = 512
@@ -28,6 +29,19 @@ _OFF, _FAIL, _SHORT = range(3)
 
 #: So often as to be for good.
 FOR_GOOD = 2**62
+
+
+def build() -> Path:
+    """The compiled layer, made anew where its source has changed."""
+    made = LIBRARY
+    if not made.exists() or made.stat().st_mtime_ns < SOURCE.stat().st_mtime_ns:
+        made.parent.mkdir(parents=True, exist_ok=True)
+        # Other test runs may do the same at this moment.
+        mine = made.with_suffix(f".{os.getpid()}")
+        command = ["gcc", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
+        subprocess.run([*command, "-o", mine, SOURCE, "-ldl"], check=True)
+        mine.rename(made)
+    return made
 
 
 class Kind(NamedTuple):
@@ -58,9 +72,7 @@ class Layer:
     """The compiled layer, and the file through which it is told what to do.  ``close`` when its processes are gone."""
 
     def __init__(self, directory: Path) -> None:
-        self._library = directory / "shim.so"
-        command = ["gcc", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
-        subprocess.run([*command, "-o", self._library, SOURCE, "-ldl"], check=True)
+        self._library = build()
         # Here it only tells the names: without its environment variable it does nothing.
         loaded = ctypes.CDLL(str(self._library))
         names = [
