@@ -61,7 +61,7 @@ def bitmap_serials(segment: Segment) -> list[int]:
     """The serial numbers of all bitmaps that have a name."""
     prefix = segment.name[1:] + "."
     names = [file.removeprefix(prefix) for file in os.listdir(SHM) if file.startswith(prefix)]
-    return [int(name) for name in names if name.isdigit()]
+    return [int(name) for name in names if name.isascii() and name.isdigit()]
 
 
 class Bitmap:
@@ -99,9 +99,13 @@ class Bitmap:
     def unlink(segment: Segment, serial: int) -> None:
         unlink_shared_memory(bitmap_name(segment, serial))
 
-    def counts(self) -> Counts:
-        """Clusters by state; one pass over the bytes (about 1 ms a million clusters), other threads go on."""
-        found = _core.histogram(self.memory, 0, self.clusters)
+    def histogram(self) -> list[int]:
+        """How many clusters have each byte; one pass (about 1 ms a million clusters), other threads go on."""
+        return _core.histogram(self.memory, 0, self.clusters)
+
+    def counts(self, found: list[int] | None = None) -> Counts:
+        """Clusters by state, from a `histogram`."""
+        found = found or self.histogram()
         return Counts(
             found[PENDING],
             sum(found[1:COPIED]),

@@ -13,7 +13,10 @@ from .segment import Segment
 from .states import ABANDONED, PREPARED, state_word
 
 _ENTRIES, _OPENED = index_of("gate.entries"), index_of("gate.opened")
+EPOCH_FIRST = 2
 EPOCH_MAX = 2**32 - 4
+#: No drained section lasts longer: a deadline further away was not written by a coordinator.
+DRAIN_LIMIT_MAX_S = 60.0
 
 
 def epoch(segment: Segment) -> int:
@@ -21,8 +24,13 @@ def epoch(segment: Segment) -> int:
 
 
 def advance(segment: Segment, expected: int) -> bool:
-    """Move the epoch one on, if it still is what the caller saw."""
-    return _core.compare_exchange_u32(segment.memory, Header.epoch.offset, expected, expected + 1)
+    """Move the epoch one on, if it still is what the caller saw.
+
+    The last of all epochs is reached by scribbling only.  It is followed by the first: 0 is the mark of a cluster that
+    nobody wrote, and would be taken for "copied".
+    """
+    following = expected + 1 if expected + 1 < 1 << 32 else EPOCH_FIRST
+    return _core.compare_exchange_u32(segment.memory, Header.epoch.offset, expected, following)
 
 
 def abandon(segment: Segment, odd: int) -> None:
@@ -38,3 +46,22 @@ def abandon(segment: Segment, odd: int) -> None:
     hit(segment.failpoints, _ENTRIES)
     advance(segment, odd)
     hit(segment.failpoints, _OPENED)
+
+
+def settle(segment: Segment) -> bool:
+    """The coordinator, before a cut and while it looks around: whether the epoch is what it must be.
+
+    A cut that was interrupted (a signal's exception) has left its drained section, and maybe `own_epoch` one behind:
+    that is ended here.
+    """
+    found = epoch(segment)
+    if found % 2 and abs(found - segment.own_epoch) == 1:
+        abandon(segment, found)
+        segment.own_epoch = found + 1
+    return epoch(segment) == segment.own_epoch
+
+
+def restore(segment: Segment) -> None:
+    """Put the coordinator's epoch back where somebody has overwritten it; outside a cut."""
+    while (found := epoch(segment)) != segment.own_epoch:
+        _core.compare_exchange_u32(segment.memory, Header.epoch.offset, found, segment.own_epoch)

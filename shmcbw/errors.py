@@ -35,6 +35,7 @@ __all__ = [
     "QuiesceError",
     "ReadOnlyImageError",
     "ResizeRefusedError",
+    "SegmentDamagedError",
     "ShmcbwError",
     "SnapshotBrokenError",
     "SnapshotInaccessibleError",
@@ -103,6 +104,12 @@ class LayoutVersionError(ShmcbwError):
     """The shared memory was made by another version of shmcbw: end its processes, or use that version."""
 
     exit_status = 3
+
+
+class SegmentDamagedError(ShmcbwError, OSError):
+    """Somebody has overwritten shared memory that others rely on (EUCLEAN): what depended on it does not count."""
+
+    exit_status = 5
 
 
 class ImageError(ShmcbwError, OSError):

@@ -21,7 +21,7 @@ from types import TracebackType
 
 from . import _core, states
 from .bitmap import Bitmap
-from .epochs import abandon
+from .epochs import DRAIN_LIMIT_MAX_S, abandon
 from .errors import (
     ClosedError,
     CopyFailedError,
@@ -44,7 +44,7 @@ TYPE_CHECKING = False  # see failpoints.py
 if TYPE_CHECKING:
     from typing import Any
 
-_ATTACH, _UNMAPPED, _FAILED, _LATE, _GATED, _FAULT, _RANGE, _FAILPOINT = range(8)
+_ATTACH, _UNMAPPED, _FAILED, _LATE, _GATED, _FAULT, _RANGE, _FAILPOINT, _UNMARKED = range(9)
 _RELEASE_INSIDE, _RELEASE_FORKED = 1, 2
 _ATTACH_TRIES = 100
 _ATTACH_PAUSE_S = 0.01
@@ -315,6 +315,8 @@ class Disk(_core.Filter):
             self._copy_late(index, value, cluster)
         elif reason == _GATED:
             self._leave_gate(value)
+        elif reason == _UNMARKED:
+            self._break_all(cluster)
         elif reason == _FAULT:
             raise self._fault(value, cluster)
         elif reason == _FAILPOINT:
@@ -394,8 +396,15 @@ class Disk(_core.Filter):
         except OSError:
             # No write fails because nobody can say: the deadline ends the section.
             orphaned = False
-        if orphaned or time.monotonic_ns() >= segment.header(Header.drain_deadline_ns):
+        left_ns = segment.header(Header.drain_deadline_ns) - time.monotonic_ns()
+        if orphaned or not 0 < left_ns <= DRAIN_LIMIT_MAX_S * 1e9:
             abandon(segment, odd)
+
+    def _break_all(self, cluster: int) -> None:
+        """A store was not seen in flight, for somebody has overwritten its mark: any cut may have half of it."""
+        segment = self._attached()
+        for index in range(SNAPSHOT_COUNT):
+            break_snapshot(segment, index, segment.snapshot(index, Snapshot.serial), errno.EUCLEAN, cluster)
 
     def _fault(self, offset: int, length: int) -> OSError:
         size = file_size(self._image.fd)

@@ -17,6 +17,7 @@ not reaped yet) counts as a violation only if it is still there after `SETTLE_S`
 from __future__ import annotations
 
 import os
+import stat
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -133,7 +134,7 @@ def _target(segment: Segment, index: int) -> Iterator[Violation]:
         if state_of(segment, index) == states.ACTIVE:
             yield Violation("I2", f"snapshot {index}: target {path}: {error.strerror}")
         return
-    if Identity.of(status) != expected:
+    if not stat.S_ISREG(status.st_mode) or Identity.of(status) != expected:
         yield Violation("I2", f"snapshot {index}: target {path} is another file now")
     elif status.st_size != segment.geometry.image_size:
         yield Violation("I2", f"snapshot {index}: target {path} has {status.st_size} bytes")

@@ -72,6 +72,7 @@ class Header:
         264, 8, "creator", "all", "when the image was made: inode numbers are used again.  0: unknown"
     )
     resize_to = Word(272, 8, "coordinator lock", "all", "bytes that the image gets by a resize under way.  0: none is")
+    seal = Word(280, 4, "creator", "all", "checksum of what the creator has written (`seals.py`)")
     control = Word(320, 128, "coordinator lock", "clients", "a daemon's QMP socket, ends with NUL; empty: none")
     image_path = Word(512, 2560, "coordinator lock", "status", "for messages, ends with NUL")
     failpoints = Word(3072, 8 * (1 + FAILPOINT_COUNT), "who arms; who acts counts down", "all", "`failpoints.py`")
@@ -126,6 +127,7 @@ class Snapshot:
     policy = Word(12, 4, "coordinator", "writers", "on_cbw_error: 0 break-snapshot, 1 break-guest-write")
     timeout_ns = Word(16, 8, "coordinator", "writers", "cbw_timeout, 0: none")
     sync = Word(24, 4, "coordinator", "workers", "0 full, 1 top, 2 none, 3 bitmap")
+    seal = Word(28, 4, "coordinator", "workers, adopting coordinator", "checksum of the words that do not change")
     cut_epoch = Word(32, 4, "coordinator", "status", "the odd epoch of the cut")
     cut_time_ns = Word(40, 8, "coordinator", "status", "wall clock")
     drained_ns = Word(48, 8, "coordinator", "status", "length of the drained section")

@@ -34,7 +34,16 @@ from .groups import counts
 from .image import HONEST_HOLES, Identity, ImageFile, close_descriptor, file_size, next_data
 from .layout import SNAPSHOT_COUNT, Snapshot
 from .segment import Segment, attach
-from .snapshots import PARTIAL_SUFFIX, broken_error, state_of, target_path, wake_all
+from .snapshots import (
+    PARTIAL_SUFFIX,
+    break_snapshot,
+    broken_error,
+    marked_uncopied,
+    open_target,
+    state_of,
+    target_path,
+    wake_all,
+)
 
 TYPE_CHECKING = False  # see failpoints.py
 if TYPE_CHECKING:
@@ -46,6 +55,8 @@ if TYPE_CHECKING:
 
 _READ_PIECE_BYTES = 1 << 20
 _DISCARD_WAIT_S = 1.0
+#: A cluster's byte changes a few times in its life; one that never stops changing is scribbled on.
+_LOOKS_MAX = 1000
 _LOOKED, _READ, _DISCARD = (index_of(f"reader.{step}") for step in ("looked", "read", "discard"))
 
 
@@ -133,6 +144,12 @@ class SnapshotReader:
             raise error
         raise ClosedError("the snapshot is closed")
 
+    def _damaged(self, cluster: int) -> SnapshotBrokenError:
+        """Break the snapshot over what only somebody who scribbles on the shared memory can have made."""
+        self._check()
+        break_snapshot(self._segment, self._index, self.serial, errno.EUCLEAN, cluster)
+        return SnapshotBrokenError(errno.EUCLEAN, cluster, time.time_ns())
+
     def _enter(self, what: str, count: int, offset: int) -> object:
         """A call begins; `_leave` with what this returns ends it."""
         if offset < 0 or count < 0 or offset + count > self.size_bytes:
@@ -200,8 +217,12 @@ class SnapshotReader:
         """Read into the view up to the first inaccessible byte: how many that are."""
         size, memory, failpoints = self.cluster_size_bytes, self._bitmap.memory, self._segment.failpoints
         position, stop = offset, offset + len(view)
+        looked, looks = position, 0
         while position < stop:
             first, end = outward(position, min(stop - position, _READ_PIECE_BYTES), size)
+            looked, looks = position, looks + 1 if looked == position else 1
+            if looks > _LOOKS_MAX:
+                raise self._damaged(first)
             value, run_end = _core.run(memory, first, end)
             length = min(run_end * size, stop) - position
             piece = view[position - offset : position - offset + length]
@@ -223,6 +244,8 @@ class SnapshotReader:
                 if good_end == first:
                     continue
                 length = min(good_end * size, stop) - position
+            elif value > ZERO:
+                raise self._damaged(first)
             else:
                 break
             position += length
@@ -232,6 +255,9 @@ class SnapshotReader:
     def _still_uncopied(self, first: int, end: int) -> int:
         """The second look: up to where the bytes are still below COPIED.  The fence keeps it behind the read (I7)."""
         _core.fence()
+        marked = marked_uncopied(self._segment, self._bitmap, first, end, self._odd_epoch)
+        if marked is not None:
+            raise self._damaged(marked)
         while first < end:
             value, run_end = _core.run(self._bitmap.memory, first, end)
             if value >= COPIED:
@@ -273,8 +299,12 @@ class SnapshotReader:
         size = self.cluster_size_bytes
         found: list[Extent] = []
         position, stop = offset, offset + count
+        looked, looks = position, 0
         while position < stop:
             first, end = outward(position, stop - position, size)
+            looked, looks = position, looks + 1 if looked == position else 1
+            if looks > _LOOKS_MAX:
+                raise self._damaged(first)
             value, run_end = _core.run(self._bitmap.memory, first, end)
             if value < COPIED:
                 hit(self._segment.failpoints, _LOOKED)
@@ -285,6 +315,8 @@ class SnapshotReader:
                 if reach <= position:
                     continue
             else:
+                if value > ZERO:
+                    raise self._damaged(first)
                 known = {ZERO: "zero", COPIED: "data", COPIED_FOR_WRITER: "data"}
                 status, reach = known.get(value, "inaccessible"), min(run_end * size, stop)
             if found and found[-1].status == status:
@@ -482,17 +514,13 @@ def _find(segment: Segment, image: str, wanted: int | str | os.PathLike[str] | N
 
 def _open_target(segment: Segment, index: int) -> int:
     path = target_path(segment, index)
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
-    except PermissionError:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     expected = Identity(segment.snapshot(index, Snapshot.target_device), segment.snapshot(index, Snapshot.target_inode))
     try:
-        if Identity.of(os.fstat(fd)) != expected:
-            raise OSError(errno.ESTALE, "another file than the snapshot's target", path)
-    except BaseException:
-        close_descriptor(fd)
-        raise
+        fd = open_target(path, path, expected, segment.geometry.image_size, os.O_RDWR)
+    except PermissionError:
+        fd = open_target(path, path, expected, segment.geometry.image_size, os.O_RDONLY)
+    if fd is None:
+        raise OSError(errno.ESTALE, "another file than the snapshot's target", path)
     return fd
 
 

@@ -32,10 +32,11 @@ import weakref
 
 import posix_ipc
 
-from . import _core, failpoints
+from . import _core, failpoints, seals
 from .errors import ForeignSegmentError, LayoutVersionError, NoCoordinatorError, ShmcbwError
 from .image import Identity, ImageFile, close_descriptor, file_size
 from .layout import MAGIC, SNAPSHOT_COUNT, VERSION, WORKER_ID_MAX, Geometry, Header, Snapshot, Word
+from .states import CREATING
 
 TYPE_CHECKING = False  # see failpoints.py
 if TYPE_CHECKING:
@@ -207,6 +208,8 @@ class Segment:
         self.memory = memory
         self.geometry = geometry
         self.identity = identity
+        #: The coordinator's: the even epoch that is open, or will be after the drained section.
+        self.own_epoch = 0
         self._semaphores: dict[str, _core.Semaphore] = {}
         self.failpoints = failpoints.table(memory)
         #: Mappings of the size before a resize; calls that are inside use them.
@@ -289,6 +292,30 @@ class Segment:
         """Whether the name still leads to this segment."""
         return _leads_to(self.name, self.fd)
 
+    def damaged(self) -> bool:
+        """Whether somebody has overwritten the header: nobody can attach any more."""
+        sealed = self.header(Header.seal) == seals.header_seal(self.memory)
+        return not sealed or self.header(Header.magic) != MAGIC
+
+    def seal(self, index: int) -> int:
+        """Seal a snapshot entry whose constant words are all written: the seal."""
+        value = seals.entry_seal(self.memory, self.geometry, index)
+        self.set_snapshot(index, Snapshot.seal, value)
+        return value
+
+    def seal_name(self, index: int) -> None:
+        """Seal what a snapshot entry says while what it names is made."""
+        self.set_snapshot(index, Snapshot.seal, seals.name_seal(self.memory, self.geometry, index))
+
+    def sealed(self, index: int) -> bool:
+        """Whether the constant words of a snapshot entry are what they were when it was sealed; of one that is
+        CREATING at least its name."""
+        seal = self.snapshot(index, Snapshot.seal)
+        if seal == seals.entry_seal(self.memory, self.geometry, index):
+            return True
+        creating = self.snapshot(index, Snapshot.state) & 0xFFFFFFFF == CREATING
+        return creating and seal == seals.name_seal(self.memory, self.geometry, index)
+
     # -- resize ----------------------------------------------------------------------------------------------------
 
     def larger_geometry(self) -> Geometry | None:
@@ -324,12 +351,7 @@ class Segment:
         """An opened semaphore of this image: "pool", "c" or "s<slot>"."""
         found = self._semaphores.get(suffix)
         if found is None:
-            name = f"{self.name}.{suffix}"
-            # sem_open() maps the file without looking: one that is too short would be a SIGBUS.
-            status = os.stat(f"{SHM}/sem.{name[1:]}")
-            if status.st_size < _SEMAPHORE_FILE_BYTES:
-                raise ForeignSegmentError(errno.EINVAL, f"{name}: not a semaphore ({status.st_size} bytes)")
-            found = self._semaphores[suffix] = _core.Semaphore(name)
+            found = self._semaphores[suffix] = _open_semaphore(f"{self.name}.{suffix}")
         return found
 
     def wake_slot(self, index: int) -> None:
@@ -417,6 +439,7 @@ def create(
         failpoints.hit(segment.failpoints, _HEADER)
         if before_visible is not None:
             before_visible()
+        segment.set_header(Header.seal, seals.header_seal(segment.memory))
         segment.set_header(Header.magic, MAGIC)
     except BaseException:
         try:
@@ -447,6 +470,14 @@ def _lock_descriptor(fd: int) -> int:
     """The same file, opened again: mmap.mmap() keeps a duplicate of its descriptor, and with it locks would outlive
     `Segment.close` and live on in forked children.  So locks have an open file of their own."""
     return os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
+
+
+def _open_semaphore(name: str) -> _core.Semaphore:
+    """sem_open() maps the file without looking: one that is too short would be a SIGBUS."""
+    status = os.stat(f"{SHM}/sem.{name[1:]}")
+    if status.st_size < _SEMAPHORE_FILE_BYTES:
+        raise ForeignSegmentError(errno.EINVAL, f"{name}: not a semaphore ({status.st_size} bytes)")
+    return _core.Semaphore(name)
 
 
 def _create_semaphore(name: str, access: Access) -> None:
@@ -542,10 +573,13 @@ def _check_header(memory: mmap.mmap, name: str, identity: Identity) -> Geometry:
     magic = number(Header.magic)
     if magic == 0:
         raise NoCoordinatorError(errno.EAGAIN, f"{SHM}{name} is not finished: its coordinator is starting, or died")
-    if magic != MAGIC:
+    sealed = seals.header_seal(memory) == number(Header.seal)
+    if magic != MAGIC and not sealed:
         raise ForeignSegmentError(errno.EINVAL, f"{SHM}{name} is not a control segment of shmcbw")
     if (version := number(Header.version)) != VERSION:
         raise LayoutVersionError(f"{SHM}{name} has layout version {version}, this shmcbw speaks {VERSION}")
+    if magic != MAGIC or not sealed:
+        raise StaleSegmentError(f"{SHM}{name}: somebody has overwritten its header")
     if memory[Header.boot_id.offset : Header.boot_id.offset + 16] != boot_id():
         raise StaleSegmentError(f"{SHM}{name} was made before the last boot")
     if (number(Header.image_device), number(Header.image_inode)) != (identity.device, identity.inode):
@@ -585,7 +619,7 @@ def _check_size(fd: int, memory: mmap.mmap, name: str, geometry: Geometry) -> No
 
 
 class StaleSegmentError(ShmcbwError):
-    """The control segment is whole but of another boot, image or image size: the next coordinator discards it."""
+    """The control segment is of another boot, image or image size, or damaged: the next coordinator discards it."""
 
     exit_status = 3
 
@@ -704,21 +738,23 @@ def _send_workers_away(fd: int, name: str) -> None:
         return
     with mmap.mmap(fd, Header.SIZE) as header:
         ours = _core.load_u64(header, 0) == MAGIC and _core.load_u32(header, Header.version.offset) == VERSION
+        # A header that was scribbled on: one of the two still tells.
+        ours = ours or _core.load_u32(header, Header.seal.offset) == seals.header_seal(header)
         if not ours or _locked(fd, COORDINATOR):
             return
         # Beyond all that were given out: also workers of a coordinator that died over its start leave.
         last = _core.load_u32(header, Header.last_generation.offset)
         _core.store_u32(header, Header.pool_generation.offset, (last + 1) & 0xFFFFFFFF)
     try:
-        pool = _core.Semaphore(f"{name}.pool")
+        pool = _open_semaphore(f"{name}.pool")
         for _ in range(WORKER_ID_MAX):
             pool.post()
     except OSError:
         pass
 
 
-def sweep(before: Callable[[Segment], None] | None = None) -> list[str]:
-    """Remove segments of our own that nobody holds and nobody can need: the names of those.
+def sweep(before: Callable[[Segment], None] | None = None, spared: Identity | None = None) -> list[str]:
+    """Remove segments of our own that nobody holds and nobody can need, but ``spared``: the names of those.
 
     before: called with each, while it still has its name.
 
@@ -728,9 +764,11 @@ def sweep(before: Callable[[Segment], None] | None = None) -> list[str]:
     removed = []
     for identity in identities():
         try:
+            if identity == spared:
+                continue
             segment = attach_named(identity, os.geteuid())
-        except NoCoordinatorError:
-            _sweep_unfinished(identity)
+        except (NoCoordinatorError, StaleSegmentError):
+            _sweep_unusable(identity)
             continue
         except (ShmcbwError, OSError, ValueError):
             continue
@@ -747,8 +785,9 @@ def sweep(before: Callable[[Segment], None] | None = None) -> list[str]:
     return removed
 
 
-def _sweep_unfinished(identity: Identity) -> None:
-    """Remove what a coordinator left that died while it made its segment; not what one is making at this moment."""
+def _sweep_unusable(identity: Identity) -> None:
+    """Remove what a coordinator left that died while it made its segment, not what one is making at this moment; and
+    what nobody can attach to any more."""
     try:
         age_s = time.time() - os.stat(f"{SHM}{segment_name(identity)}").st_mtime
         if age_s > UNFINISHED_S:

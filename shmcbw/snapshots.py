@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import errno
+import os
+import stat
 import time
 
 from . import _core, states
+from .bitmap import COPIED, Bitmap
 from .errors import SnapshotBrokenError
 from .failpoints import hit, index_of
+from .image import Identity, close_descriptor
 from .layout import Slot, Snapshot, Word
 from .segment import Segment
 
@@ -68,6 +72,56 @@ def break_snapshot(segment: Segment, index: int, serial: int, number: int, clust
     hit(segment.failpoints, _BREAK_STATE)
     wake_all(segment)
     segment.wake_coordinator()
+
+
+def damage_snapshot(segment: Segment, index: int, odd_epoch: int, cluster: int = 0) -> None:
+    """Break the snapshot of this cut although its entry can't be believed any more: the coordinator only.
+
+    As `break_snapshot`, but whatever the state word is.
+    """
+    if store_first_error(segment, index, Snapshot.broken, odd_epoch, errno.EUCLEAN, cluster):
+        segment.set_snapshot(index, Snapshot.broken_time_ns, time.time_ns())
+    segment.set_snapshot(index, Snapshot.state, states.state_word(states.BROKEN, odd_epoch))
+    wake_all(segment)
+
+
+def marked_uncopied(segment: Segment, bitmap: Bitmap, first: int, end: int, odd_epoch: int) -> int | None:
+    """A cluster of first..end that was written after this cut although it is not copied (I1 does not hold), or None.
+
+    In a snapshot that was active and unbroken all the time there is none, unless somebody has scribbled on the epoch
+    map, the state or the cluster bytes.  The mark first, then the byte: a copy comes before its mark.
+    """
+    cluster: int | None = first
+    while cluster is not None:
+        cluster = _core.find_marked(segment.memory, segment.geometry.epoch_map_offset, cluster, end, odd_epoch)
+        if cluster is not None:
+            if bitmap.state(cluster) < COPIED:
+                return cluster
+            cluster += 1
+    return None
+
+
+def open_target(name: str, working: str, identity: Identity, size_bytes: int, flags: int) -> int | None:
+    """Open ``name`` if it can be the unfinished target that ``working`` names: its descriptor, None if it is not.
+
+    The path lies in memory that others can write, so it may be anybody's, and opening some things does something.  So
+    it is looked at before it is opened: what has not our suffix, is a link, is no regular file or is not as long as the
+    image is never opened (EUCLEAN).
+    """
+    if not working.endswith(PARTIAL_SUFFIX):
+        raise OSError(errno.EUCLEAN, "not the name of an unfinished target", working)
+    probe = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        status = os.fstat(probe)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EUCLEAN, "not a regular file", name)
+        if Identity.of(status) != identity:
+            return None
+        if status.st_size != size_bytes:
+            raise OSError(errno.EUCLEAN, f"not as long as the image, but {status.st_size} bytes", name)
+        return os.open(f"/proc/self/fd/{probe}", flags | os.O_CLOEXEC)
+    finally:
+        close_descriptor(probe)
 
 
 def target_path(segment: Segment, index: int) -> str:

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 from shmcbw.dirty import DirtyBitmap, DirtySet, EpochMap
 from shmcbw.epochs import epoch
-from shmcbw.errors import BitmapError, CutAbandonedError
+from shmcbw.errors import BitmapError, CutAbandonedError, SegmentDamagedError
 from shmcbw.layout import Header
 from shmcbw.points import Point
 from shmcbw.segment import Segment
@@ -279,7 +279,7 @@ class Bitmaps(Mapping[str, DirtyBitmap]):
         with self._lock:
             try:
                 self.note_boundary(take_boundary(self._segment, self._drain_limit_s))
-            except CutAbandonedError as error:
+            except (CutAbandonedError, SegmentDamagedError) as error:
                 log.info("a bitmap of %s may hold more than it must: %s", self._segment.name, error)
             return self._boundary
 
@@ -288,6 +288,16 @@ class Bitmaps(Mapping[str, DirtyBitmap]):
         with self._lock:
             self._boundary = Point(self._uuid, max(odd, self._boundary.epoch))
             return Point(self._uuid, odd)
+
+    def distrust(self) -> None:
+        """Somebody has overwritten the epoch: writes may be marked as older than they are, and nobody knows which."""
+        with self._lock:
+            if all(bitmap.inconsistent for bitmap in self._bitmaps.values()):
+                return
+            log.error("the bitmaps of %s can't be trusted any more", self._segment.name)
+            with self._change() as bitmaps:
+                for bitmap in bitmaps.values():
+                    bitmap.inconsistent = True
 
     # -- jobs --------------------------------------------------------------------------------------------------------
 
@@ -433,7 +443,7 @@ class Bitmaps(Mapping[str, DirtyBitmap]):
         named = {f"{SET_SUFFIX}{number}" for _, number in self._files.values()}
         for suffix in list_files(self._segment, SET_SUFFIX):
             number_text = suffix.removeprefix(SET_SUFFIX)
-            if number_text.isdigit():
+            if number_text.isascii() and number_text.isdigit():
                 self._next_file = max(self._next_file, int(number_text) + 1)
             if suffix not in named:
                 remove_file(self._segment, suffix)

@@ -27,7 +27,7 @@ from shmcbw import _core, states
 from shmcbw.bitmap import COPIED, COPIED_FOR_WRITER, SKIPPED, ZERO, Bitmap, bitmap_serials
 from shmcbw.clusters import CLUSTER_SIZE_DEFAULT, check_cluster_size
 from shmcbw.dirty import DirtyBitmap
-from shmcbw.epochs import abandon, epoch
+from shmcbw.epochs import DRAIN_LIMIT_MAX_S, abandon, epoch
 from shmcbw.errors import (
     ClosedError,
     CoordinatorRunningError,
@@ -36,6 +36,7 @@ from shmcbw.errors import (
     NoCoordinatorError,
     NoFreeSnapshotError,
     ResizeRefusedError,
+    SegmentDamagedError,
     ShmcbwError,
     TargetRefusedError,
     naming,
@@ -58,9 +59,17 @@ from shmcbw.segment import (
     worker_lives,
 )
 from shmcbw.slots import reap_slot
-from shmcbw.snapshots import break_snapshot, broken_error, state_of, target_path, wake_all
+from shmcbw.snapshots import (
+    break_snapshot,
+    broken_error,
+    damage_snapshot,
+    state_of,
+    target_path,
+    wake_all,
+)
 from shmcbw.status import describe_segment
 
+from . import damage
 from .bitmaps import Bitmaps
 from .completion import JobTransaction
 from .cut import NO_CUT, Cut
@@ -93,7 +102,13 @@ class Entry:
     serial: int
     target: TargetFile
     bitmap: Bitmap
+    #: Our own copy of what the segment says too (damage.py).
+    seal: int = 0
+    speed: int = 0
+    background: int = 0
     cut: Cut = NO_CUT
+    odd_epoch: int = 0
+    complete: bool = False
     released: bool = False
     #: Its manifest and its bitmap; None if it has neither.
     increment: Increment | None = None
@@ -161,8 +176,8 @@ class Coordinator:
     ) -> None:
         if not 1 <= workers <= 239:
             raise ValueError(f"workers: {workers} is not in 1..239")
-        if drain_limit <= 0:
-            raise ValueError(f"drain_limit: {drain_limit} s is not above 0")
+        if not 0 < drain_limit <= DRAIN_LIMIT_MAX_S:
+            raise ValueError(f"drain_limit: {drain_limit} s is not above 0 and at most {DRAIN_LIMIT_MAX_S:.0f}")
         if cluster_size is not None:
             check_cluster_size(cluster_size)
         self.path = os.fspath(image)
@@ -174,6 +189,8 @@ class Coordinator:
         self._cutting = 0
         self._idle = threading.Condition(self._lock)
         self._entries: dict[int, Entry] = {}
+        #: Made, and their cut not yet taken.
+        self._prepared: dict[int, Entry] = {}
         self._snapshots: dict[int, CoordinatorSnapshot] = {}
         #: Serial numbers of snapshots that were seen broken.
         self._seen_broken: set[int] = set()
@@ -184,6 +201,7 @@ class Coordinator:
         self._complaints: dict[str, str] = {}
         self._lost: list[Lost] = []
         self._unadopted: list[tuple[int, TargetFile, Cut, OSError | ShmcbwError]] = []
+        self._asleep_before: set[int] = set()
         self._pid = os.getpid()
         with naming(self.path, "can't be served"):
             self._start(workers, cluster_size, slots, locking, state_dir, control)
@@ -227,6 +245,7 @@ class Coordinator:
         try:
             #: What must outlive this coordinator and has no word in the segment.
             self.journal = Journal(self._segment)
+            self._segment.own_epoch = epoch(self._segment)
             self._segment.set_header(Header.coordinator_pid, self._pid)
             self._segment.set_header(Header.started_ns, time.time_ns())
             self._segment.set_text(Header.image_path.offset, Header.image_path, os.path.abspath(self.path))
@@ -250,10 +269,12 @@ class Coordinator:
             )
             if adopted:
                 self._adopt()
+            self._watch = damage.Watch(self._segment)
             self._pool.start()
             # Not before: what a start that is refused can't take over, the next one perhaps can.
             for unadopted in self._unadopted:
                 self._fail_adoption(*unadopted)
+            self._unadopted.clear()
             for lost in self._lost:
                 # Its segment is gone, and its serial number with it.
                 cut = Cut(lost.backup.cut_time_ns, 0)
@@ -281,7 +302,7 @@ class Coordinator:
             path = segment.text(Header.image_path.offset, Header.image_path)
             found.append((path, unfinished_in(segment.memory)))
 
-        for name in sweep(note):
+        for name in sweep(note, self._image.identity):
             log.info("removed %s, which nobody used any more", name)
         for path, unfinished in found:
             lost = give_up(unfinished, f"its image {path} was deleted or replaced")
@@ -308,9 +329,13 @@ class Coordinator:
         """Go on where a dead coordinator stopped."""
         segment = self._segment
         self._reach("locked", "adopt")
-        if epoch(segment) % 2:
-            abandon(segment, epoch(segment))
+        found = epoch(segment)
+        if found % 2:
+            abandon(segment, found)
             wake_all(segment)
+        segment.own_epoch = epoch(segment)
+        if any(bitmap.start is not None and bitmap.start > segment.own_epoch for bitmap in self.bitmaps.values()):
+            self.bitmaps.distrust()
         self._reach("opened", "adopt")
         settle(segment, self._image)
         for slot in range(segment.geometry.slot_count):
@@ -324,64 +349,92 @@ class Coordinator:
         counting = [index for index in used if resolve_group(segment, index)]
         self._reach("groups", "adopt")
         for index in used:
-            state = state_of(segment, index)
-            if state == states.CREATING:
-                in_place = bool(segment.snapshot(index, Snapshot.in_place))
-                remove_unheld(target_path(segment, index), keep_target=in_place)
-                self._free_entry(index, segment.snapshot(index, Snapshot.serial))
-                continue
-            entry = self._adopt_entry(index)
-            if entry is None:
-                continue
-            if state not in (states.ACTIVE, states.BROKEN, states.COMPLETE):
-                self._release_entry(entry)
-            elif index not in counting:
-                log.error("the snapshot to %s ends: the cut of its group was not completed", entry.target.path)
-                self._release_entry(entry)
-            else:
-                self._entries[index] = entry
-                if segment.snapshot(index, Snapshot.job):
-                    self.filter(entry)
-                    self.job_table.adopt(entry)
-                else:
-                    self.add_snapshot(entry)
-            self._reach("entry", "adopt")
+            if state_of(segment, index) != states.CREATING:
+                self._adopt_entry(index, counts=index in counting)
+                self._reach("entry", "adopt")
+        # Last: a scribbled path may name the target of another entry, which has its lock by now.
+        for index in used:
+            if index not in self._entries and state_of(segment, index) == states.CREATING:
+                self._undo_creation(index)
         unadopted = {segment.snapshot(index, Snapshot.serial) for index, *_ in self._unadopted}
         self.job_table.adopt_ended(unadopted)
         serials = {entry.serial for entry in self._entries.values()} | unadopted
         self.bitmaps.release_all_but(set(map(str, serials)))
-        self._unlink_strays()
+        self._free_strays()
 
-    def _unlink_strays(self) -> None:
-        """Bitmaps of snapshots that were freed by a coordinator that died before it removed their names."""
-        segment = self._segment
-        used = [index for index in range(SNAPSHOT_COUNT) if state_of(segment, index) != states.FREE]
-        known = {segment.snapshot(index, Snapshot.serial) for index in used}
-        for serial in bitmap_serials(segment):
-            if serial not in known:
-                Bitmap.unlink(segment, serial)
+    def _undo_creation(self, index: int) -> None:
+        segment, path = self._segment, target_path(self._segment, index)
+        if segment.sealed(index):
+            in_place = bool(segment.snapshot(index, Snapshot.in_place))
+            remove_unheld(path, segment.geometry.image_size, keep_target=in_place)
+        else:
+            log.error("somebody has overwritten the entry of an unfinished snapshot; %s may be left", path)
 
-    def _adopt_entry(self, index: int) -> Entry | None:
+    def _adopt_entry(self, index: int, *, counts: bool) -> None:
+        """Adopt a snapshot and its job, or drop it, and say so."""
         segment = self._segment
-        serial = segment.snapshot(index, Snapshot.serial)
+        state = state_of(segment, index)
+        entry = self._find_entry(index)
+        if entry is None:
+            return
+        if state not in (states.ACTIVE, states.BROKEN, states.COMPLETE):
+            self._release_entry(entry)
+            return
+        if not counts:
+            log.error("the snapshot to %s ends: the cut of its group was not completed", entry.target.path)
+            self._release_entry(entry)
+            return
+        if state == states.ACTIVE and not _is_cut(segment, entry):
+            damage_snapshot(segment, index, entry.odd_epoch)
+        self._entries[index] = entry
+        if segment.snapshot(index, Snapshot.job):
+            self.filter(entry)
+            self.job_table.adopt(entry)
+            return
+        try:
+            self.add_snapshot(entry)
+        except (OSError, ShmcbwError) as error:
+            log.error("the unfinished snapshot to %s is dropped: %s", entry.target.working_path, error)
+            self._release_entry(entry)
+
+    def _find_entry(self, index: int) -> Entry | None:
+        """The handles of an entry of a dead coordinator; None if it can't be adopted, see `_fail_adoption`."""
+        segment = self._segment
+        word, serial = segment.snapshot(index, Snapshot.state), segment.snapshot(index, Snapshot.serial)
         identity = Identity(
             segment.snapshot(index, Snapshot.target_device), segment.snapshot(index, Snapshot.target_inode)
         )
+        complete = word & 0xFFFFFFFF == states.COMPLETE
         cut = Cut(segment.snapshot(index, Snapshot.cut_time_ns), segment.snapshot(index, Snapshot.drained_ns))
         kind = ForwardFile if segment.snapshot(index, Snapshot.in_place) else TargetFile
         working = target_path(segment, index)
         target: TargetFile | None = None
         try:
+            if not segment.sealed(index) or serial in (entry.serial for entry in self._entries.values()):
+                raise SegmentDamagedError(errno.EUCLEAN, "somebody has overwritten its entry; no file is touched")
             target = kind.adopt(
                 working,
                 identity,
+                segment.geometry.image_size,
                 overwrite=bool(segment.snapshot(index, Snapshot.overwrite)),
+                complete=complete,
                 manifest=bool(segment.snapshot(index, Snapshot.manifest)),
             )
             if target is None:
                 raise FileNotFoundError(errno.ENOENT, "it is gone", working)
-            increment = Increment.adopt(self.bitmaps, segment, index)
-            return Entry(index, serial, target, Bitmap.attach(segment, serial), cut, increment=increment)
+            return Entry(
+                index,
+                serial,
+                target,
+                Bitmap.attach(segment, serial),
+                segment.snapshot(index, Snapshot.seal),
+                segment.snapshot(index, Snapshot.speed),
+                segment.snapshot(index, Snapshot.background),
+                cut,
+                odd_epoch=word >> 32,
+                complete=complete,
+                increment=Increment.adopt(self.bitmaps, segment, index),
+            )
         except (OSError, ShmcbwError) as error:
             if target is not None:
                 target.close()
@@ -401,11 +454,30 @@ class Coordinator:
             sync = _sync_name(segment.snapshot(index, Snapshot.sync))
             failure = JobFailedError(number or errno.EIO, message)
             self.job_table.adopt_lost(serial, target.path, cut, sync, failure)
-        # Before the entry is free: afterwards nobody would know of an unfinished file.
-        target.remove()
-        remove_unheld(target.working_path, keep_target=True)
+        if not (isinstance(error, OSError) and error.errno == errno.EUCLEAN):
+            # Before the entry is free: afterwards nobody would know of an unfinished file.  Not if it may be anybody's.
+            target.remove()
+            remove_unheld(target.working_path, segment.geometry.image_size, keep_target=True)
         self._free_entry(index, segment.snapshot(index, Snapshot.serial))
         self.bitmaps.release_all_but({str(entry.serial) for entry in self._entries.values()})
+
+    def _free_strays(self) -> None:
+        """Free entries that this coordinator did not make or adopt, and remove bitmaps that no entry has: those of
+        snapshots whose coordinator died in between, and what a scribbler has left."""
+        segment = self._segment
+        known = {**self._prepared, **self._entries}
+        told = {index for index, *_ in self._unadopted}
+        strays = [i for i in range(SNAPSHOT_COUNT) if i not in {*known, *told} and state_of(segment, i) != states.FREE]
+        for index in strays:
+            segment.set_snapshot(index, Snapshot.state, states.state_word(states.FREE, 0))
+        if strays:
+            wake_all(segment)
+            self._pool.wake()
+        serials = {entry.serial for entry in known.values()}
+        serials |= {segment.snapshot(index, Snapshot.serial) for index in told}
+        for serial in bitmap_serials(segment):
+            if serial not in serials:
+                Bitmap.unlink(segment, serial)
 
     def _reach(self, step: str, protocol: str = "coordinator") -> None:
         hit(self._segment.failpoints, index_of(f"{protocol}.{step}"))
@@ -533,6 +605,7 @@ class Coordinator:
         """Leave out what is not in the bitmap of a backup that has one."""
         if entry.increment is not None:
             entry.increment.filter(entry.index, entry.bitmap)
+            entry.background = self._segment.snapshot(entry.index, Snapshot.background)
             self._pool.wake()
 
     def add_snapshot(self, entry: Entry) -> CoordinatorSnapshot:
@@ -567,6 +640,11 @@ class Coordinator:
     def drain_limit_s(self) -> float:
         return self._drain_limit
 
+    def put_right(self) -> None:
+        """Before a cut: what somebody has scribbled on must not spoil it.  The caller holds the lock."""
+        self._look_for_damage()
+        self._watch.put_marks_right()
+
     @contextlib.contextmanager
     def kept_open(self) -> Iterator[None]:
         """Until this is left, `close` waits."""
@@ -588,6 +666,7 @@ class Coordinator:
         self._check_process()
         with self._lock:
             self.check_open()
+            self._look_for_damage()
             index = self._free_index()
             path = resolve(request.target)
             increment = Increment.plan(
@@ -614,8 +693,12 @@ class Coordinator:
                 else:
                     file = increment.take_target(serial, path, self._image, overwrite=request.overwrite)
                 self._reach("target")
-                bitmap = self._fill_entry(index, serial, file, request, increment)
-                return Entry(index, serial, file, bitmap, increment=increment, job_id=job_id)
+                bitmap, seal = self._fill_entry(index, serial, file, request, increment)
+                background = int(request.sync != "none" and not (increment and increment.filters))
+                entry = Entry(index, serial, file, bitmap, seal, request.speed, background)
+                entry.increment, entry.job_id = increment, job_id
+                self._prepared[index] = entry
+                return entry
             except BaseException:
                 if job_id is not None:
                     self.job_table.give_back(job_id)
@@ -630,8 +713,9 @@ class Coordinator:
     def activate(self, entry: Entry, cut: Cut) -> None:
         """The cut is taken.  The caller holds the lock."""
         entry.cut = cut
-        self._entries[entry.index] = entry
-        self.bitmaps.note_boundary(self._segment.snapshot(entry.index, Snapshot.cut_epoch))
+        entry.odd_epoch = self._segment.own_epoch - 1
+        self._entries[entry.index] = self._prepared.pop(entry.index)
+        self.bitmaps.note_boundary(entry.odd_epoch)
         self._pool.wake()
 
     def discard(self, entry: Entry) -> None:
@@ -641,7 +725,8 @@ class Coordinator:
         with self._lock:
             if entry.released:
                 return
-            if state_of(self._segment, entry.index) in (states.PREPARING, states.PREPARED, states.ABANDONED):
+            uncut = (states.PREPARING, states.PREPARED, states.ABANDONED)
+            if entry.index in self._prepared and state_of(self._segment, entry.index) in uncut:
                 entry.target.give_back()
             if entry.increment is not None:
                 entry.increment.give_up()
@@ -650,20 +735,24 @@ class Coordinator:
     def _begin(self, index: int, path: str, *, in_place: bool) -> int:
         """Say in the entry what is about to be made, so that a restarted coordinator can remove it: its serial."""
         segment = self._segment
-        serial = segment.header(Header.next_serial)
+        # Two snapshots with one bitmap would ruin each other: what the header says is only where to begin.
+        serial, taken = segment.header(Header.next_serial), set(bitmap_serials(segment))
+        while serial in taken:
+            serial = serial % 0xFFFFFFFF + 1
         segment.set_header(Header.next_serial, serial % 0xFFFFFFFF + 1)
         segment.set_snapshot(index, Snapshot.serial, serial)
         segment.set_snapshot(index, Snapshot.group, 0)
         segment.set_snapshot(index, Snapshot.in_place, int(in_place))
         place = segment.geometry.snapshot(index, Snapshot.target_path)
         segment.set_text(place, Snapshot.target_path, path + PARTIAL_SUFFIX)
+        segment.seal_name(index)
         segment.set_snapshot(index, Snapshot.state, states.state_word(states.CREATING, 0))
         return serial
 
     def _fill_entry(
         self, index: int, serial: int, file: TargetFile, request: Request, increment: Increment | None
-    ) -> Bitmap:
-        """Make the bitmap, fill in the entry, and wait until the workers have opened the target."""
+    ) -> tuple[Bitmap, int]:
+        """Make the bitmap, fill in the entry and seal it, and wait until the workers have opened the target."""
         segment = self._segment
         bitmap = Bitmap.create(segment, serial, self._access)
         try:
@@ -694,6 +783,7 @@ class Coordinator:
             }
             for word, value in fields.items():
                 segment.set_snapshot(index, word, value)
+            seal = segment.seal(index)
             segment.set_snapshot(index, Snapshot.state, states.state_word(states.PREPARING, 0))
             self._reach("preparing")
             refusal = self._pool.wait_ready(index, serial, READY_TIMEOUT_S)
@@ -704,7 +794,7 @@ class Coordinator:
         except BaseException:
             bitmap.close()
             raise
-        return bitmap
+        return bitmap, seal
 
     def _free_index(self) -> int:
         for index in range(SNAPSHOT_COUNT):
@@ -718,10 +808,13 @@ class Coordinator:
         self._reach("freed")
         wake_all(self._segment)
         self._pool.wake()
-        Bitmap.unlink(self._segment, serial)
+        # An entry that was scribbled on may have the serial of another one.
+        if serial not in {each.serial for each in (*self._prepared.values(), *self._entries.values())}:
+            Bitmap.unlink(self._segment, serial)
 
     def _release_entry(self, entry: Entry) -> None:
         self._entries.pop(entry.index, None)
+        self._prepared.pop(entry.index, None)
         entry.released = True
         if entry.target.working_path != entry.target.path:
             # Given up before the file goes, or who comes after our death would report it as lost.
@@ -739,6 +832,9 @@ class Coordinator:
         try:
             if entry.increment is not None and succeeded:
                 entry.increment.commit(entry.index)
+            elif entry.increment is not None and self._is_damaged(entry):
+                # What was copied may be wrong: it does not count.
+                entry.increment.give_up()
             elif entry.increment is not None:
                 entry.increment.fail(entry.index, entry.target, entry.bitmap, self._pool)
         finally:
@@ -802,6 +898,7 @@ class Coordinator:
         Returns the transactions that have something to settle.
         """
         self._see_to("the copy workers", self._pool.supervise)
+        self._see_to("its shared memory", self._look_for_damage)
         now = time.monotonic()
         if now - self._slots_looked_s >= REAP_SLOTS_S:
             self._slots_looked_s = now
@@ -828,6 +925,87 @@ class Coordinator:
                 log.warning("%s: looking at %s: %s; will try again", self.path, what, error)
         else:
             self._complaints.pop(what, None)
+
+    def _look_for_damage(self) -> None:
+        """Has somebody scribbled on what we have our own copy of?  What depends on it is broken."""
+        self._watch.put_header_right()
+        trusted = self._watch.put_epoch_right()
+        if not trusted:
+            self.bitmaps.distrust()
+        for entry in self._entries.values():
+            found = damage.of_entry(self._segment, entry) or (
+                None if trusted or entry.complete else "the epoch changed"
+            )
+            if found is not None:
+                self._break_damaged(entry, found)
+            self._put_turns_right(entry)
+        known = {*self._prepared, *self._entries}
+        if any(i not in known and state_of(self._segment, i) != states.FREE for i in range(SNAPSHOT_COUNT)):
+            self._free_strays()
+        # Who waits for longer than a look may wait for a claim that nobody has made.
+        asleep = self._asleep()
+        if asleep & self._asleep_before:
+            for entry in self._entries.values():
+                self._look_at_bytes(entry, entry.bitmap.histogram(), full=False)
+        self._asleep_before = asleep
+
+    def _asleep(self) -> set[int]:
+        segment, geometry = self._segment, self._segment.geometry
+        return set(_core.nonzero(segment.memory, geometry.slot(0, Slot.asleep), Slot.SIZE, geometry.slot_count))
+
+    def _break_damaged(self, entry: Entry, found: str) -> None:
+        if state_of(self._segment, entry.index) != states.BROKEN or damage.of_entry(self._segment, entry) is not None:
+            log.error("the snapshot to %s is broken: %s; somebody has overwritten it", entry.target.path, found)
+        # Our words again, so that it is told once.
+        self._segment.set_snapshot(entry.index, Snapshot.speed, entry.speed)
+        self._segment.set_snapshot(entry.index, Snapshot.background, entry.background)
+        entry.seal = damage.seal_of(self._segment, entry)
+        damage_snapshot(self._segment, entry.index, entry.odd_epoch)
+
+    def _is_damaged(self, entry: Entry) -> bool:
+        error = broken_error(self._segment, entry.index)
+        return error is not None and error.errno == errno.EUCLEAN
+
+    def is_copied(self, entry: Entry, sync: str) -> bool:
+        """Whether all of a backup is copied, and its entry COMPLETE: from here on nobody can break it.
+
+        A restarted coordinator finds it COMPLETE.  Who else says so may be mistaken, so the bytes are asked.
+        """
+        segment = self._segment
+        word, histogram = segment.snapshot(entry.index, Snapshot.state), entry.bitmap.histogram()
+        done = not entry.bitmap.counts(histogram).open
+        if word & 0xFFFFFFFF != states.ACTIVE:
+            whole = damage.of_bytes(histogram, segment.geometry.worker_count, full=sync == "full") is None
+            if not (entry.complete and done and whole):
+                self._break_damaged(entry, "it is not complete")
+                return False
+            return True
+        self._look_at_bytes(entry, histogram, full=sync == "full")
+        if sync == "none" or not done:
+            return False
+        entry.complete = segment.exchange_snapshot(
+            entry.index, Snapshot.state, word, states.state_word(states.COMPLETE, word >> 32)
+        )
+        return entry.complete
+
+    def _put_turns_right(self, entry: Entry) -> None:
+        """Of those who copy in the background: who is not there takes no turn."""
+        segment, start = self._segment, self._segment.geometry.snapshot(entry.index, Snapshot.turns)
+        for value in set(segment.memory[start : start + Snapshot.turns.size]) - {0}:
+            if value > segment.geometry.worker_count or not segment.locked(value):
+                _core.exchange(segment.memory, start, start + Snapshot.turns.size, value, 0)
+
+    def _look_at_bytes(self, entry: Entry, histogram: list[int], *, full: bool) -> None:
+        """Break a snapshot whose cluster bytes can't be, and give claims back that nobody has."""
+        if state_of(self._segment, entry.index) != states.ACTIVE:
+            return
+        found = damage.of_bytes(histogram, self._segment.geometry.worker_count, full=full)
+        if found is not None:
+            self._break_damaged(entry, found)
+        claimers = [
+            worker_id for worker_id in range(1, self._segment.geometry.worker_count + 1) if histogram[worker_id]
+        ]
+        self._pool.return_stray_claims(claimers)
 
     def _reap_slots(self) -> None:
         segment, geometry = self._segment, self._segment.geometry
@@ -979,6 +1157,7 @@ class Coordinator:
         with self._lock:
             for entry in list(self._entries.values()):
                 self._release_entry(entry)
+            self._free_strays()
 
     def _end_supervision(self) -> None:
         self._closing = True
@@ -1100,12 +1279,18 @@ def _own_segment(
 
 
 def _sync_name(sync: int) -> str:
-    return next(name for name, value in states.SYNCS.items() if value == sync)
+    return next((name for name, value in states.SYNCS.items() if value == sync), "full")
+
+
+def _is_cut(segment: Segment, entry: Entry) -> bool:
+    """Whether the words that an adopted snapshot has twice agree, and its cut lies before the epoch."""
+    odd = segment.snapshot(entry.index, Snapshot.cut_epoch)
+    return odd == entry.odd_epoch and odd % 2 == 1 and odd < epoch(segment)
 
 
 def _lives(pid: int) -> bool:
     """Whether a process has this id, for a message's sake: the lock decides who owns what."""
-    if pid == 0:
+    if not 0 < pid < 1 << 31:
         return False
     try:
         os.kill(pid, 0)

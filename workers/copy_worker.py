@@ -30,11 +30,12 @@ from shmcbw.image import Identity, close_descriptor
 from shmcbw.layout import SNAPSHOT_COUNT, Header, Snapshot, Worker, words
 from shmcbw.segment import COORDINATOR, Segment, attach, start_ticks, worker_byte
 from shmcbw.slots import lives_any_writer
-from shmcbw.snapshots import store_first_error, target_path
+from shmcbw.snapshots import break_snapshot, marked_uncopied, store_first_error, target_path
 
 from .copying import Copied, Source, copy_run
 from .manifest import PARTIAL_SUFFIX, Manifest, sidecar
 from .starting import failed_start_status
+from .targets import open_unfinished
 
 _OPENED, _ACKNOWLEDGED = index_of("worker.opened"), index_of("worker.acknowledged")
 _CLAIMED, _BACKGROUND = index_of("worker.claimed"), index_of("worker.background")
@@ -70,7 +71,8 @@ class Target:
     skip_holes: bool
     manifest_fd: int  # -1: no checksums
     in_place: bool
-    exhausted_at: tuple[int, int] = (-1, -1)  # the cursor and the round in which nothing was left to copy
+    exhausted_at: tuple[int, int] = (-1, -1)  # the cursor and the round in which nothing was left to copy,
+    exhausted_until_ns: int = 0  # believed until then: both are hints
     ns_per_byte: float = 20.0  # before the first measurement: begin with small chunks
 
 
@@ -94,6 +96,7 @@ class CopyWorker:
         self.orphan_since: float | None = None
         self.checked_s = 0.0
         self.leaving = False
+        self.start_ticks = start_ticks(os.getpid())
 
     # -- the loop --------------------------------------------------------------------------------------------------
 
@@ -103,6 +106,7 @@ class CopyWorker:
         while not self.leaving and not self._is_outdated():
             if self.copier.changed():
                 self._follow_table()
+            self._check_surroundings()
             wanted = self.copier.claim_wanted(limit, 0)
             if wanted is not None:
                 self._serve(*wanted)
@@ -150,7 +154,6 @@ class CopyWorker:
         self._set_state(BUSY)
         if posted and time.monotonic_ns() - self.served_ns < 2 * HOT_NS:
             self.in_vain = 0
-        self._check_coordinator()
         return None
 
     def _set_state(self, state: int) -> None:
@@ -162,19 +165,29 @@ class CopyWorker:
     def _count(self, word: str) -> None:
         _core.add_u64(self.segment.memory, self.segment.geometry.worker(self.worker_id, getattr(Worker, word)), 1)
 
-    def _check_coordinator(self) -> None:
-        """An orphan leaves when no coordinator has come within the grace time and nobody needs it, or the image is
-        deleted, so that none can come."""
+    def _check_surroundings(self) -> None:
+        """Twice a second, between two copies: is there a coordinator, and do our words say what we have stored?
+
+        An orphan leaves when no coordinator has come within the grace time and nobody needs it, or the image is
+        deleted or the header damaged, so that none can come.
+        """
         now = time.monotonic()
         if now - self.checked_s < 0.5:
             return
         self.checked_s = now
+        self._check_claims()
+        self.announce()
         try:
             deleted = os.fstat(self.source.file.fd).st_nlink == 0
             led = self.segment.locked(COORDINATOR)
         except OSError:
             return
-        if led or (not deleted and any(map(self._needs_us, self.targets.values()))):
+        if led:
+            self.orphan_since = None
+        elif self.segment.damaged():
+            # No coordinator can adopt this; the next one waits for us to leave.
+            self.leaving = True
+        elif not deleted and any(map(self._needs_us, self.targets.values())):
             self.orphan_since = None
         elif self.orphan_since is None:
             self.orphan_since = now
@@ -190,10 +203,23 @@ class CopyWorker:
         word = segment.snapshot(index, Snapshot.state)
         if word & 0xFFFFFFFF != states.ACTIVE or segment.snapshot(index, Snapshot.serial) != target.serial:
             return False
-        if _core.find_pending(target.bitmap.memory, 0, self.clusters) == self.clusters:
+        if _core.find_byte(target.bitmap.memory, 0, self.clusters, PENDING) == self.clusters:
             return False
         error = states.split_error(segment.snapshot(index, Snapshot.background_error), word >> 32)
         return (bool(segment.snapshot(index, Snapshot.background)) and error is None) or lives_any_writer(segment)
+
+    def announce(self) -> None:
+        """Say who serves here; again and again, for others may scribble."""
+        self.segment.set_worker(self.worker_id, Worker.start_ticks, self.start_ticks)
+        self.segment.set_worker(self.worker_id, Worker.pid, os.getpid())
+        self.segment.set_worker(self.worker_id, Worker.generation, self.generation)
+        for target in self.targets.values():
+            self._acknowledge(target.index, target.serial, 0)
+
+    def _acknowledge(self, index: int, serial: int, number: int) -> None:
+        memory, geometry = self.segment.memory, self.segment.geometry
+        _core.store_u32(memory, geometry.worker(self.worker_id, Worker.ready_errno) + 4 * index, number)
+        _core.store_u32(memory, geometry.worker(self.worker_id, Worker.ready_serial) + 4 * index, serial)
 
     # -- the snapshot table ----------------------------------------------------------------------------------------
 
@@ -212,17 +238,15 @@ class CopyWorker:
     def _open_target(self, index: int, serial: int) -> None:
         number = 0
         try:
+            if not self.segment.sealed(index) or any(target.serial == serial for target in self.targets.values()):
+                raise OSError(errno.EUCLEAN, "somebody has overwritten the entry")
+            expected = Identity(
+                self.segment.snapshot(index, Snapshot.target_device),
+                self.segment.snapshot(index, Snapshot.target_inode),
+            )
             # Opened once and kept: a write error that the kernel notices late is reported to this descriptor.
-            fd = os.open(target_path(self.segment, index), os.O_RDWR | os.O_CLOEXEC)
+            fd = open_unfinished(target_path(self.segment, index), expected, self.source.size_bytes)
             try:
-                found = Identity.of(os.fstat(fd))
-                expected = Identity(
-                    self.segment.snapshot(index, Snapshot.target_device),
-                    self.segment.snapshot(index, Snapshot.target_inode),
-                )
-                if found != expected:
-                    raise OSError(errno.ESTALE, "the target was replaced")
-                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 bitmap = Bitmap.attach(self.segment, serial)
                 manifest_fd = self._open_manifest(index, expected)
             except BaseException:
@@ -235,9 +259,7 @@ class CopyWorker:
         except OSError as error:
             number = error.errno or errno.EIO
         self._reach(_OPENED)
-        base = self.segment.geometry
-        _core.store_u32(self.segment.memory, base.worker(self.worker_id, Worker.ready_errno) + 4 * index, number)
-        _core.store_u32(self.segment.memory, base.worker(self.worker_id, Worker.ready_serial) + 4 * index, serial)
+        self._acknowledge(index, serial, number)
         self._reach(_ACKNOWLEDGED)
         self.segment.wake_coordinator()
 
@@ -327,14 +349,15 @@ class CopyWorker:
             return SLEEP_NS
         # The round before the cursor: who changes both stores the round last.
         round_, cursor = segment.snapshot(index, Snapshot.round), segment.snapshot(index, Snapshot.cursor)
-        if (cursor, round_) == target.exhausted_at:
+        if (cursor, round_) == target.exhausted_at and time.monotonic_ns() < target.exhausted_until_ns:
             return SLEEP_NS
         start = min(cursor, self.clusters)
-        first = _core.find_pending(target.bitmap.memory, start, self.clusters)
+        first = _core.find_byte(target.bitmap.memory, start, self.clusters, PENDING)
         if first == self.clusters:
-            first = _core.find_pending(target.bitmap.memory, 0, start)
+            first = _core.find_byte(target.bitmap.memory, 0, start, PENDING)
             if first == start:
                 target.exhausted_at = cursor, round_
+                target.exhausted_until_ns = time.monotonic_ns() + SLEEP_NS
                 segment.wake_coordinator()
                 return SLEEP_NS
         limit = self._chunk_clusters(target, first)
@@ -408,7 +431,7 @@ class CopyWorker:
         segment, index = self.segment, target.index
         while speed := segment.snapshot(index, Snapshot.speed):
             cost = count * 1_000_000_000 // speed
-            spent, now = segment.snapshot(index, Snapshot.budget_ns), time.monotonic_ns()
+            spent, now = self._spent(index, speed), time.monotonic_ns()
             until = max(spent, now - max(cost, BUDGET_BURST_NS)) + cost
             if until > now:
                 return until - now
@@ -420,10 +443,21 @@ class CopyWorker:
         """What writers needed is counted against the budget and never delayed."""
         segment, index = self.segment, target.index
         while count and (speed := segment.snapshot(index, Snapshot.speed)):
-            spent = segment.snapshot(index, Snapshot.budget_ns)
+            spent = self._spent(index, speed)
             until = max(spent, time.monotonic_ns() - BUDGET_BURST_NS) + count * 1_000_000_000 // speed
             if segment.exchange_snapshot(index, Snapshot.budget_ns, spent, until):
                 return
+
+    def _spent(self, index: int, speed: int) -> int:
+        """The budget word; one that was scribbled on is put back to where it may be: no more can have been spent than
+        what the whole image takes."""
+        spent = self.segment.snapshot(index, Snapshot.budget_ns)
+        limit = time.monotonic_ns() + 2 * self.source.size_bytes * 1_000_000_000 // speed + SLEEP_NS
+        if spent <= limit:
+            return spent
+        now = time.monotonic_ns()
+        self.segment.exchange_snapshot(index, Snapshot.budget_ns, spent, now)
+        return now
 
     def _before_write(self) -> None:
         self._reach(_COPYING)
@@ -446,8 +480,12 @@ class CopyWorker:
         )
         self._reach(_COPIED)
         memory = target.bitmap.memory
+        self._check_marks(target, first, end)
         for run_first, run_end, run_state in copied.runs:
-            _core.exchange(memory, run_first, run_end, self.worker_id, run_state)
+            published = _core.exchange(memory, run_first, run_end, self.worker_id, run_state)
+            if published != run_end - run_first:
+                # Nobody else may change a claim: a writer may have gone on, and the copy have its data.
+                self._break_damaged(target, run_first)
         if copied.error is not None:
             self._count("errors")
             _core.exchange(memory, copied.failed_cluster, end, self.worker_id, PENDING)
@@ -459,6 +497,34 @@ class CopyWorker:
             self.segment.wake_slot(slot)
         self._reach(_WOKE)
         return copied
+
+    # -- scribbled memory ------------------------------------------------------------------------------------------
+
+    def _break_damaged(self, target: Target, cluster: int) -> None:
+        break_snapshot(self.segment, target.index, target.serial, errno.EUCLEAN, cluster)
+        self.segment.wake_coordinator()
+
+    def _check_marks(self, target: Target, first: int, end: int) -> None:
+        """After the copy, before it is published: a cluster that was written since the cut can't have been ours to
+        copy, unless somebody has let its writer go on by scribbling."""
+        word = self.segment.snapshot(target.index, Snapshot.state)
+        if word & 0xFFFFFFFF != states.ACTIVE:
+            return
+        marked = marked_uncopied(self.segment, target.bitmap, first, end, word >> 32)
+        if marked is not None:
+            self._break_damaged(target, marked)
+
+    def _check_claims(self) -> None:
+        """Between two copies nothing is claimed by us: a byte with our id holds a writer, or a job, for nobody."""
+        waited_for = self.copier.sleepers(0, self.clusters)
+        for target in self.targets.values():
+            if not waited_for and not self.segment.snapshot(target.index, Snapshot.background):
+                continue
+            turns = self.segment.geometry.snapshot(target.index, Snapshot.turns)
+            _core.exchange(self.segment.memory, turns, turns + Snapshot.turns.size, self.worker_id, PENDING)
+            cluster = _core.find_byte(target.bitmap.memory, 0, self.clusters, self.worker_id)
+            if cluster != self.clusters:
+                self._break_damaged(target, cluster)
 
     def close(self) -> None:
         for target in list(self.targets.values()):
@@ -491,9 +557,7 @@ def main(arguments: list[str]) -> int:
         print(f"shmcbw copy worker {worker_id}: {error}", file=sys.stderr)
         return failed_start_status(error)
     worker._follow_table()
-    segment.set_worker(worker_id, Worker.start_ticks, start_ticks(os.getpid()))
-    segment.set_worker(worker_id, Worker.pid, os.getpid())
-    segment.set_worker(worker_id, Worker.generation, generation)
+    worker.announce()
     hit(segment.failpoints, _SERVING)
     segment.wake_coordinator()
     worker.run()

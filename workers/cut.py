@@ -21,8 +21,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shmcbw import _core
-from shmcbw.epochs import EPOCH_MAX, abandon, advance, epoch
-from shmcbw.errors import CutAbandonedError, EpochsExhaustedError
+from shmcbw.epochs import EPOCH_MAX, abandon, advance, epoch, settle
+from shmcbw.errors import CutAbandonedError, EpochsExhaustedError, SegmentDamagedError
 from shmcbw.failpoints import hit, index_of
 from shmcbw.groups import commit, counts, enrol, group_of
 from shmcbw.layout import Header, Slot, Snapshot
@@ -57,6 +57,8 @@ def take_cut(places: Sequence[tuple[Segment, int]], limit_s: float, also: Sequen
 
     also: further images for which this is to be a boundary, at the same instant, though none of their snapshots is cut.
     Blocks for at most ``limit_s``.  CutAbandonedError: the limit was reached, nothing has changed.
+    SegmentDamagedError: somebody else moved an epoch, so that writers may have stored in the drained section; none of
+    the snapshots counts.
     """
     return _Section(places, also).cut(limit_s)
 
@@ -72,6 +74,7 @@ class _Section:
         self._odd = {segment: _next_odd(segment) for segment in images}
         self._published: list[tuple[Segment, int]] = []
         self._holder: tuple[Segment, int] | None = None
+        self._deadline = 0
 
     def cut(self, limit_s: float) -> Cut:
         if len(self._places) > 1:
@@ -81,36 +84,37 @@ class _Section:
             segment.set_snapshot(index, Snapshot.state, state_word(PREPARED, self._odd[segment]))
             hit(segment.failpoints, _PREPARED)
         started = time.monotonic_ns()
+        self._deadline = started + int(limit_s * 1e9)
         taken = False
         try:
-            self._close(started + int(limit_s * 1e9))
+            self._close()
             cut_time = time.time_ns()
-            taken = self._wait_quiet(started + int(limit_s * 1e9)) and self._publish() and self._commit()
+            taken = self._wait_quiet() and self._publish() and self._commit()
         finally:
             if not taken:
                 self._fail()
-            self._open()
+            disturbed = self._open()
             drained_ns = time.monotonic_ns() - started
             self._wake(taken=taken)
         if not taken:
             raise self._abandoned(limit_s)
+        if disturbed is not None:
+            raise _disturbed(disturbed)
         for segment, index in self._places:
             segment.set_snapshot(index, Snapshot.cut_time_ns, cut_time)
             segment.set_snapshot(index, Snapshot.drained_ns, drained_ns)
         return Cut(cut_time, drained_ns)
 
-    def _close(self, deadline: int) -> None:
+    def _close(self) -> None:
         for number, (segment, odd) in enumerate(self._odd.items()):
             if number:
                 hit(segment.failpoints, _CLOSED_ONE)
-            # Before the odd epoch: whoever sees that one sees its deadline.
-            segment.set_header(Header.drain_deadline_ns, deadline)
-            advance(segment, odd - 1)
+            _close(segment, odd, self._deadline)
             hit(segment.failpoints, _ODD)
 
-    def _wait_quiet(self, deadline: int) -> bool:
+    def _wait_quiet(self) -> bool:
         for segment in self._odd:
-            slot = _wait_quiet(segment, deadline)
+            slot = _wait_quiet(segment, self._deadline)
             if slot is not None:
                 self._holder = segment, slot
                 return False
@@ -124,11 +128,22 @@ class _Section:
             if self._published:
                 hit(segment.failpoints, _PUBLISHED_ONE)
             odd = self._odd[segment]
+            # A gated writer abandons the entry before it advances the epoch.
+            if epoch(segment) != odd and segment.snapshot(index, Snapshot.state) == state_word(PREPARED, odd):
+                raise _disturbed(segment)
             if not segment.exchange_snapshot(index, Snapshot.state, state_word(PREPARED, odd), state_word(ACTIVE, odd)):
                 return False
             self._published.append((segment, index))
             hit(segment.failpoints, _PUBLISHED)
+        for segment, odd in self._odd.items():
+            if not self._is_closed(segment, odd):
+                raise _disturbed(segment)
         return True
+
+    def _is_closed(self, segment: Segment, odd: int) -> bool:
+        """Whether an image is closed, or was until its deadline: nobody opens it before."""
+        found = epoch(segment)
+        return found == odd or (found == odd + 1 and time.monotonic_ns() >= self._deadline)
 
     def _commit(self) -> bool:
         """Of a group: the leader's word decides, then the others repeat it."""
@@ -154,12 +169,16 @@ class _Section:
         for segment, odd in self._odd.items():
             abandon(segment, odd)
 
-    def _open(self) -> None:
+    def _open(self) -> Segment | None:
+        """Open all images; one that somebody else has opened before its deadline, or None."""
+        disturbed = None
         for number, (segment, odd) in enumerate(self._odd.items()):
             if number:
                 hit(segment.failpoints, _OPENED_ONE)
-            advance(segment, odd)
+            if not advance(segment, odd) and not self._is_closed(segment, odd):
+                disturbed = segment
             hit(segment.failpoints, _EVEN)
+        return disturbed
 
     def _wake(self, *, taken: bool) -> None:
         for segment in self._odd:
@@ -185,25 +204,38 @@ class _Section:
 
 def _next_odd(segment: Segment) -> int:
     """The odd epoch of an image's next cut."""
-    even = epoch(segment)
-    if even % 2:
-        abandon(segment, even)
-        even = epoch(segment)
-    if even >= EPOCH_MAX:
+    if not settle(segment):
+        raise _disturbed(segment)
+    if segment.own_epoch >= EPOCH_MAX:
         raise EpochsExhaustedError("the image has had all the cuts that 32 bits can count")
-    return even + 1
+    return segment.own_epoch + 1
+
+
+def _close(segment: Segment, odd: int, deadline: int) -> None:
+    # Before the odd epoch: whoever sees that one sees its deadline.
+    segment.set_header(Header.drain_deadline_ns, deadline)
+    if not advance(segment, odd - 1):
+        raise _disturbed(segment)
+    segment.own_epoch = odd + 1
+
+
+def _disturbed(segment: Segment) -> SegmentDamagedError:
+    return SegmentDamagedError(
+        errno.EUCLEAN,
+        f"no cut was taken: somebody has overwritten the epoch of {segment.name}: {epoch(segment)}, not "
+        f"{segment.own_epoch - 1} or {segment.own_epoch}",
+    )
 
 
 def take_boundary(segment: Segment, limit_s: float) -> int:
     """A drained section without a snapshot: its odd epoch.  Every write was wholly before or wholly after it.
 
     Blocks for at most ``limit_s``.  CutAbandonedError: the limit was reached; there was no such instant.
+    SegmentDamagedError: somebody else moved the epoch.
     """
     odd = _next_odd(segment)
     deadline = time.monotonic_ns() + int(limit_s * 1e9)
-    # Before the odd epoch: whoever sees that one sees its deadline.
-    segment.set_header(Header.drain_deadline_ns, deadline)
-    advance(segment, odd - 1)
+    _close(segment, odd, deadline)
     # A waiting writer that ended it did so at the deadline, when somebody may still have been in flight.
     sharp = _wait_quiet(segment, deadline) is None and advance(segment, odd)
     if not sharp:

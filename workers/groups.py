@@ -139,6 +139,7 @@ def take_group(
             for _, owner in sorted(owners.items()):
                 locks.enter_context(owner.lock)
                 owner.check_open()
+                owner.put_right()
             members = list(zip(requests, entries, strict=True))
             places = [(request.coordinator.segment, entry.index) for request, entry in members]
             limit_s = min(owner.drain_limit_s for owner in owners.values())

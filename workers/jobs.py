@@ -248,6 +248,7 @@ class Job:
             if self._entry is not None:
                 self.coordinator.segment.set_snapshot(self._entry.index, Snapshot.budget_ns, time.monotonic_ns())
                 self.coordinator.segment.set_snapshot(self._entry.index, Snapshot.speed, speed)
+                self._entry.speed = speed
                 self.coordinator.wake_workers()
 
     def cancel(self) -> None:
@@ -338,13 +339,12 @@ class Job:
     def _all_is_copied(self, word: int) -> bool:
         """Then the entry is COMPLETE: nobody can break it any more, and a restarted coordinator goes on from there."""
         assert self._entry is not None
-        segment, index = self.coordinator.segment, self._entry.index
-        if word & 0xFFFFFFFF == states.COMPLETE:
+        segment = self.coordinator.segment
+        adopted = word & 0xFFFFFFFF == states.COMPLETE
+        if not self.coordinator.is_copied(self._entry, self.sync):
+            return False
+        if adopted:
             return True
-        if self.sync == "none" or self._entry.bitmap.counts().open:
-            return False
-        if not segment.exchange_snapshot(index, Snapshot.state, word, states.state_word(states.COMPLETE, word >> 32)):
-            return False
         hit(segment.failpoints, _COMPLETE)
         return True
 
@@ -421,6 +421,7 @@ class Job:
 
     def _stop_copying(self) -> None:
         if self._entry is not None:
+            self._entry.background = 0
             self.coordinator.segment.set_snapshot(self._entry.index, Snapshot.background, 0)
 
     def _start_copying(self, cursor: int | None = None) -> None:
@@ -432,7 +433,8 @@ class Job:
         if cursor is not None:
             segment.set_snapshot(index, Snapshot.cursor, cursor)
         segment.set_snapshot(index, Snapshot.background_error, 0)
-        segment.set_snapshot(index, Snapshot.background, int(self.sync != "none"))
+        self._entry.background = int(self.sync != "none")
+        segment.set_snapshot(index, Snapshot.background, self._entry.background)
         # After the others: a worker that sees it looks at all of them again.
         segment.set_snapshot(index, Snapshot.round, (segment.snapshot(index, Snapshot.round) + 1) & 0xFFFFFFFF)
         self.coordinator.wake_workers()

@@ -7,6 +7,7 @@ image's lock, which they inherit), and outlive the coordinator on purpose.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import subprocess
@@ -133,6 +134,9 @@ class Pool:
 
     def supervise(self) -> None:
         """Reap the dead, return their claims, wake who waited for them, and start others in their place."""
+        if self._segment.header(Header.pool_generation) != self._generation:
+            log.error("somebody has overwritten the pool's generation: workers will leave, and be replaced")
+            self._segment.set_header(Header.pool_generation, self._generation)
         self._reap_strangers()
         if len(self._processes) < self._count:
             # Their start failed after a resize: tried again.
@@ -164,6 +168,15 @@ class Pool:
                 log.warning("copy worker %d of an earlier coordinator died", worker_id)
                 self._return_claims(worker_id)
                 wake_all(segment)
+                self.wake()
+
+    def return_stray_claims(self, claimers: Iterable[int]) -> None:
+        """Give back the claims of those ids that neither we nor anybody else has: of an orphan that died after the
+        adoption, or of nobody."""
+        for worker_id in claimers:
+            if worker_id not in self._processes and not self._segment.locked(worker_byte(worker_id)):
+                self._return_claims(worker_id)
+                wake_all(self._segment)
                 self.wake()
 
     def return_dead_claims(self) -> None:
@@ -245,7 +258,8 @@ class Pool:
         memory, geometry = self._segment.memory, self._segment.geometry
         if _core.load_u32(memory, geometry.worker(worker_id, Worker.ready_serial) + 4 * index) != serial:
             return None
-        return _core.load_u32(memory, geometry.worker(worker_id, Worker.ready_errno) + 4 * index)
+        number = _core.load_u32(memory, geometry.worker(worker_id, Worker.ready_errno) + 4 * index)
+        return number if number < 4096 else errno.EUCLEAN
 
     def wake(self, worker_ids: Iterable[int] | None = None) -> None:
         """There is work, or the table has changed: one post for each worker."""

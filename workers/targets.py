@@ -24,6 +24,7 @@ from shmcbw import _core
 from shmcbw.errors import ImageError, ManifestError, TargetRefusedError
 from shmcbw.image import Identity, ImageFile, close_descriptor
 from shmcbw.layout import PATH_SIZE
+from shmcbw.snapshots import open_target
 
 from .copying import check_target
 from .manifest import CHANGING, FINISHED, REST, SUFFIX, Description, Manifest, sidecar
@@ -115,36 +116,54 @@ class TargetFile:
 
     @classmethod
     def adopt(
-        cls, working_path: str, identity: Identity, *, overwrite: bool, manifest: bool = False
+        cls,
+        working_path: str,
+        identity: Identity,
+        size_bytes: int,
+        *,
+        overwrite: bool,
+        complete: bool,
+        manifest: bool = False,
     ) -> TargetFile | None:
-        """The target of a dead coordinator, under its working or already under its final name; None if it is gone.
+        """The target of a dead coordinator; None if it is gone.
 
-        ``manifest``: it had one, which must be there too.  OSError if nobody can say, or it can't be used.
+        All of this comes from memory that others can write.  OSError if the file can't be what it is said to be, see
+        `open_target`, is another user's, or has a name that is not ours.
+        ``complete``: then it may be under its final name already, or under both.
+        ``manifest``: it had one, which must be there too.
         """
         final = working_path.removesuffix(PARTIAL_SUFFIX)
-        for name in (final, working_path):
-            if not is_file(name, identity):
-                continue
-            fd = os.open(name, os.O_RDWR | os.O_CLOEXEC)
-            found = cls(final, name, fd, identity, overwrite=overwrite)
+        for name in (final, working_path) if complete else (working_path,):
             try:
-                if Identity.of(os.fstat(fd)) != identity:
+                fd = open_target(name, working_path, identity, size_bytes, os.O_RDWR)
+            except FileNotFoundError:
+                continue
+            if fd is not None:
+                found = cls(final, name, fd, identity, overwrite=overwrite)
+                try:
+                    found._take_over(working_path, manifest=manifest)
+                except BaseException:
                     found.close()
-                    continue
-                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                if name == final and working_path != final and is_file(working_path, identity):
-                    # Died between giving it its name and taking the other one away.
-                    os.unlink(working_path)
-                if manifest:
-                    found.manifest = Manifest.adopt(final, identity)
-                    if found.manifest is None:
-                        raise ManifestError(f"the manifest of the unfinished {name} is gone")
-                    fcntl.flock(found.manifest.fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BaseException:
-                found.close()
-                raise
-            return found
+                    raise
+                return found
         return None
+
+    def _take_over(self, working_path: str, *, manifest: bool) -> None:
+        status = os.fstat(self.fd)
+        names = sum(is_file(name, self.identity) for name in (working_path, self.path))
+        if status.st_uid != os.geteuid() or status.st_nlink != names:
+            raise OSError(
+                errno.EUCLEAN, f"{self.working_path} belongs to uid {status.st_uid} and has {status.st_nlink} names"
+            )
+        fcntl.flock(self.fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        if self.working_path == self.path and is_file(working_path, self.identity):
+            # Died between giving it its name and taking the other one away.
+            os.unlink(working_path)
+        if manifest:
+            self.manifest = Manifest.adopt(self.path, self.identity)
+            if self.manifest is None:
+                raise ManifestError(f"the manifest of the unfinished {self.working_path} is gone")
+            fcntl.flock(self.manifest.fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
     @property
     def is_named(self) -> bool:
@@ -384,20 +403,52 @@ def _remove_stale(name: str) -> None:
         pass
 
 
-def remove_unheld(working: str, *, keep_target: bool = False) -> None:
-    """Remove an unfinished file that a dead coordinator had just made, and its manifest: named as ours, and held by
-    nobody.  ``keep_target``: it was there before."""
+def open_unfinished(working: str, identity: Identity, size_bytes: int) -> int:
+    """For a worker: open the unfinished target that an entry of the table names, with a shared lock; its descriptor.
+
+    Beside the checks of `open_target` the coordinator's lock must be on it: who serves that file vouches for it.
+    """
+    fd = open_target(working, working, identity, size_bytes, os.O_RDWR)
+    if fd is None:
+        raise OSError(errno.ESTALE, f"{working} was replaced")
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return fd
+        raise OSError(errno.EUCLEAN, f"{working} is no backup under way: nobody holds its lock")
+    except OSError:
+        close_descriptor(fd)
+        raise
+
+
+def _is_rest(status: os.stat_result, final: str) -> bool:
+    """Whether a file can be what a dead backup of this user has left: not somebody else's, and without other names (it
+    may be a finished backup then, or anything) but the two that an unfinished file has while it is made."""
+    return (
+        stat.S_ISREG(status.st_mode)
+        and status.st_uid == os.geteuid()
+        and status.st_nlink == sum(is_file(final + suffix, Identity.of(status)) for suffix in SUFFIXES)
+    )
+
+
+def remove_unheld(working: str, size_bytes: int, *, keep_target: bool = False) -> None:
+    """Remove an unfinished file that a dead coordinator had just made, and its manifest: named as ours, the one empty
+    or as long as the image, and held by nobody.  ``keep_target``: it was there before."""
     if not working.endswith(PARTIAL_SUFFIX):
         return
     manifest = sidecar(working.removesuffix(PARTIAL_SUFFIX)) + PARTIAL_SUFFIX
     for name in (manifest,) if keep_target else (working, _probing(working), manifest):
         try:
-            fd = os.open(name, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            fd = os.open(name, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY)
         except OSError:
             continue
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if stat.S_ISREG(os.fstat(fd).st_mode):
+            status = os.fstat(fd)
+            final = (manifest if name == manifest else working).removesuffix(PARTIAL_SUFFIX)
+            if _is_rest(status, final) and (name == manifest or status.st_size in (0, size_bytes)):
                 os.unlink(name)
         except OSError:
             pass
@@ -448,6 +499,8 @@ def _create_file(final: str, image: ImageFile, permissions: int, *, probe: bool)
             raise BlockingIOError
         if probe:
             _probe(name, final, image)
+            name = working
+            fd = _reopen(fd, working)
     except BlockingIOError:
         close_descriptor(fd)
         raise TargetRefusedError(errno.EBUSY, f"target {final}: another backup is writing {name}") from None
@@ -457,6 +510,20 @@ def _create_file(final: str, image: ImageFile, permissions: int, *, probe: bool)
             raise
         raise TargetRefusedError(error.errno, f"target {final}: {name}: {error.strerror}") from error
     return fd
+
+
+def _reopen(fd: int, working: str) -> int:
+    """The same file by its new name, locked: some FUSE file systems have a lock of its own for each name."""
+    again = os.open(working, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        if Identity.of(os.fstat(again)) != Identity.of(os.fstat(fd)):
+            raise BlockingIOError
+        fcntl.flock(again, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BaseException:
+        close_descriptor(again)
+        raise
+    close_descriptor(fd)
+    return again
 
 
 def _create_anew(name: str, final: str, image: ImageFile, permissions: int) -> int:
@@ -491,20 +558,12 @@ def _probe(name: str, final: str, image: ImageFile) -> None:
 
 
 def _remove_abandoned(working: str, final: str, image: ImageFile) -> None:
-    """Remove the partial file of a dead backup; refuse whatever is not surely that.
-
-    Not the source, not somebody else's file, not one with another name (it may be a finished backup, or anything) but
-    the two that an unfinished file has while it is made, and not one that a backup is writing.
-    """
+    """Remove the partial file of a dead backup; refuse whatever is not surely that: the source, what `_is_rest`
+    refuses, and what a backup is writing."""
     fd = os.open(working, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
         status = os.fstat(fd)
-        if (
-            not stat.S_ISREG(status.st_mode)
-            or status.st_uid != os.geteuid()
-            or status.st_nlink != sum(is_file(final + suffix, Identity.of(status)) for suffix in SUFFIXES)
-            or Identity.of(status) == image.identity
-        ):
+        if not _is_rest(status, final) or Identity.of(status) == image.identity:
             raise TargetRefusedError(
                 errno.EEXIST, f"target {final}: {working} is there and is not the rest of a backup of ours"
             )

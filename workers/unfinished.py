@@ -21,6 +21,7 @@ from shmcbw import states
 from shmcbw.errors import JobFailedError
 from shmcbw.image import Identity, close_descriptor
 from shmcbw.layout import MAGIC, SNAPSHOT_COUNT, VERSION, Geometry, Header, Snapshot, Word
+from shmcbw.seals import entry_seal, name_seal
 from shmcbw.segment import open_shared_memory, segment_name
 
 from .targets import PARTIAL_SUFFIX, is_file, remove_unheld
@@ -34,7 +35,8 @@ _PATH = re.compile(rb"(/[^\0]{1,4095}" + re.escape(PARTIAL_SUFFIX.encode()) + rb
 class Unfinished:
     """A backup, or scratch, that a segment knows of.
 
-    identity: None where the layout is not ours.  has_cut: its cut was taken, so somebody was promised something.
+    identity: None where the layout is not ours, or the entry was scribbled on.
+    has_cut: its cut was taken, so somebody was promised something.
     """
 
     working_path: str
@@ -43,6 +45,7 @@ class Unfinished:
     is_job: bool
     in_place: bool
     cut_time_ns: int
+    image_size: int = 0
 
     @property
     def target(self) -> str:
@@ -94,16 +97,21 @@ def _entries(memory: mmap.mmap, geometry: Geometry) -> list[Unfinished]:
         state = _number(memory, base, Snapshot.state) & 0xFFFFFFFF
         if state == states.FREE:
             continue
+        seal = _number(memory, base, Snapshot.seal)
+        whole = seal == entry_seal(memory, geometry, index)
+        whole = whole or (state == states.CREATING and seal == name_seal(memory, geometry, index))
+        identity = Identity(_number(memory, base, Snapshot.target_device), _number(memory, base, Snapshot.target_inode))
         start = base + Snapshot.target_path.offset
         path = bytes(memory[start : start + Snapshot.target_path.size]).partition(b"\0")[0]
         found.append(
             Unfinished(
                 os.fsdecode(path),
-                Identity(_number(memory, base, Snapshot.target_device), _number(memory, base, Snapshot.target_inode)),
+                identity if whole else None,
                 state in (states.ACTIVE, states.BROKEN, states.COMPLETE),
                 bool(_number(memory, base, Snapshot.job)),
                 bool(_number(memory, base, Snapshot.in_place)),
                 _number(memory, base, Snapshot.cut_time_ns),
+                geometry.image_size,
             )
         )
     return [each for each in found if each.working_path.endswith(PARTIAL_SUFFIX)]
@@ -123,7 +131,7 @@ def give_up(found: list[Unfinished], why: str) -> list[Lost]:
                 continue
             # The entry of one without a cut may have the words of the one before it.
             if not each.has_cut or is_file(each.working_path, each.identity):
-                remove_unheld(each.working_path, keep_target=each.in_place)
+                remove_unheld(each.working_path, each.image_size, keep_target=each.in_place)
         left = os.path.lexists(each.working_path)
         if not each.has_cut or (each.identity is None and not left):
             continue

@@ -39,6 +39,16 @@ static bool check_byte(const char *name, unsigned int value, unsigned int low, u
     return false;
 }
 
+/* The words of the epoch map, or NULL with a ValueError. */
+static word32 *epoch_map_at(const Py_buffer *view, uint64_t offset, uint64_t clusters)
+{
+    if (clusters > (uint64_t)view->len / 4) {
+        PyErr_SetString(PyExc_ValueError, "epoch map: outside the segment");
+        return NULL;
+    }
+    return check_range("epoch map", offset, clusters * 4, (uint64_t)view->len) ? word_at(view, offset, 4) : NULL;
+}
+
 /* The first PENDING byte of a range, or end.  memchr may read bytes that change meanwhile: what it finds is a hint,
  * the compare-and-swap decides. */
 static uint64_t find_pending(const byte_word *bytes, uint64_t first, uint64_t end)
@@ -127,19 +137,85 @@ static PyObject *core_exchange(PyObject *module, PyObject *args)
     return PyLong_FromUnsignedLongLong(count);
 }
 
-static PyObject *core_find_pending(PyObject *module, PyObject *args)
+/* find_byte(bitmap, first, end, value) -> the first cluster whose byte is `value`, or `end`; other threads go on. */
+static PyObject *core_find_byte(PyObject *module, PyObject *args)
 {
     PyObject *bitmap;
     unsigned long long first, end;
+    unsigned int value;
     struct cluster_range range;
     (void)module;
 
-    if (!PyArg_ParseTuple(args, "OKK:find_pending", &bitmap, &first, &end) ||
-        !get_clusters(&range, bitmap, first, end))
+    if (!PyArg_ParseTuple(args, "OKKI:find_byte", &bitmap, &first, &end, &value) ||
+        !check_byte("value", value, 0, 255) || !get_clusters(&range, bitmap, first, end))
         return NULL;
-    uint64_t found = find_pending(range.bytes, first, end);
+    const void *found = NULL;
+    Py_BEGIN_ALLOW_THREADS
+    if (first < end)
+        found = memchr((const void *)(range.bytes + first), (int)value, end - first);
+    Py_END_ALLOW_THREADS
+    uint64_t cluster = found == NULL ? end : (uint64_t)((const byte_word *)found - range.bytes);
     PyBuffer_Release(&range.view);
-    return PyLong_FromUnsignedLongLong(found);
+    return PyLong_FromUnsignedLongLong(cluster);
+}
+
+/* find_marked(segment, epoch_map, first, end, epoch) -> the first cluster of first..end that is marked later than
+ * `epoch`, or None.  Partner of each load: the mark in step 5 (filter.c).  Who loads the cluster's byte afterwards sees
+ * the copy that came before the mark (I1). */
+static PyObject *core_find_marked(PyObject *module, PyObject *args)
+{
+    PyObject *segment;
+    unsigned long long offset, first, end;
+    unsigned int epoch;
+    Py_buffer view;
+    (void)module;
+
+    if (!PyArg_ParseTuple(args, "OKKKI:find_marked", &segment, &offset, &first, &end, &epoch) ||
+        !get_mapping(segment, &view, false))
+        return NULL;
+    word32 *map = NULL;
+    if (first > end)
+        PyErr_Format(PyExc_ValueError, "find_marked: clusters %llu..%llu are no range", first, end);
+    else
+        map = epoch_map_at(&view, offset, end);
+    uint64_t cluster = first;
+    while (map != NULL && cluster < end && atomic_load_explicit(map + cluster, memory_order_acquire) <= epoch)
+        cluster++;
+    PyBuffer_Release(&view);
+    if (map == NULL)
+        return NULL;
+    if (cluster == end)
+        Py_RETURN_NONE;
+    return PyLong_FromUnsignedLongLong(cluster);
+}
+
+/* clamp_marks(segment, epoch_map, clusters, epoch) -> how many clusters were marked later than `epoch`; they are marked
+ * with it now. */
+static PyObject *core_clamp_marks(PyObject *module, PyObject *args)
+{
+    PyObject *segment;
+    unsigned long long offset, clusters;
+    unsigned int epoch;
+    Py_buffer view;
+    uint64_t count = 0;
+    (void)module;
+
+    if (!PyArg_ParseTuple(args, "OKKI:clamp_marks", &segment, &offset, &clusters, &epoch) ||
+        !get_mapping(segment, &view, true))
+        return NULL;
+    word32 *map = epoch_map_at(&view, offset, clusters);
+    if (map != NULL) {
+        Py_BEGIN_ALLOW_THREADS
+        for (uint64_t cluster = 0; cluster < clusters; cluster++) {
+            uint32_t mark = atomic_load_explicit(map + cluster, memory_order_relaxed);
+            while (mark > epoch && !atomic_compare_exchange_strong(map + cluster, &mark, epoch))
+                ;
+            count += mark > epoch;
+        }
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&view);
+    return map == NULL ? NULL : PyLong_FromUnsignedLongLong(count);
 }
 
 /* The end of the run of bytes from `first` that, masked, are all what the first one is: (byte, end). */
@@ -211,11 +287,7 @@ static PyObject *core_find_uncopied(PyObject *module, PyObject *args)
         PyBuffer_Release(&range.view);
         return NULL;
     }
-    word32 *map = NULL;
-    if (clusters <= (uint64_t)view.len / 4 && check_range("epoch map", offset, clusters * 4, (uint64_t)view.len))
-        map = word_at(&view, offset, 4);
-    else if (!PyErr_Occurred())
-        PyErr_SetString(PyExc_ValueError, "epoch map: outside the segment");
+    word32 *map = epoch_map_at(&view, offset, clusters);
     uint64_t cluster = 0;
     if (map != NULL) {
         Py_BEGIN_ALLOW_THREADS
@@ -235,9 +307,11 @@ static PyObject *core_find_uncopied(PyObject *module, PyObject *args)
 
 static PyMethodDef cluster_methods[] = {
     {"find_uncopied", core_find_uncopied, METH_VARARGS, NULL},
+    {"find_byte", core_find_byte, METH_VARARGS, NULL},
+    {"clamp_marks", core_clamp_marks, METH_VARARGS, NULL},
+    {"find_marked", core_find_marked, METH_VARARGS, NULL},
     {"claim", core_claim, METH_VARARGS, NULL},
     {"exchange", core_exchange, METH_VARARGS, NULL},
-    {"find_pending", core_find_pending, METH_VARARGS, NULL},
     {"run", core_run, METH_VARARGS, NULL},
     {"histogram", core_histogram, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},

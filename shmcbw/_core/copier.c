@@ -125,9 +125,11 @@ static PyObject *copier_deliver_error(PyObject *object, PyObject *args)
     if (!self->initialised || !check_range("slot", slot, 1, self->shared.slot_count) ||
         !check_range("snapshot", snapshot, 1, SNAPSHOT_COUNT))
         return NULL;
-    if (cluster < want_first || cluster - want_first > 0xfffffff || number == 0 || number > 0xfff)
+    if (cluster < want_first || number == 0 || number > 0xfff)
         return PyErr_Format(PyExc_ValueError, "deliver_error: cluster or errno out of range");
-    uint64_t word = (uint64_t)(sequence & 0xfffff) << 44 | (uint64_t)number << 32 | (cluster - want_first) << 4 | snapshot;
+    /* For a message: of a want that is longer than 28 bits can say, the last cluster that they can. */
+    uint64_t relative = cluster - want_first < 0xfffffff ? cluster - want_first : 0xfffffff;
+    uint64_t word = (uint64_t)(sequence & 0xfffff) << 44 | (uint64_t)number << 32 | relative << 4 | snapshot;
     atomic_store(slot_word64(&self->shared, slot, self->shared.error), word);
     Py_RETURN_NONE;
 }

@@ -17,6 +17,9 @@
  *
  * What is rare or a matter of policy goes to the Python method _resolve(reason, index, value, cluster), which returns
  * to have the write start over at step 1, or raises to refuse it; nothing has been stored then.
+ *
+ * Scribbled memory: the slot's words are this thread's own, so what it finds in them is compared with what it stored,
+ * the want in each slice of a wait and the in-flight mark at its end.
  */
 #include "core.h"
 
@@ -34,6 +37,7 @@ enum reason {
     REASON_FAULT = 5,     /* SIGBUS: value = offset, cluster = length; must raise */
     REASON_RANGE = 6,     /* value = offset, cluster = length; raises, or returns when the image has been resized */
     REASON_FAILPOINT = 7, /* failpoint `cluster` makes the write fail with errno `value`; must raise */
+    REASON_UNMARKED = 8,  /* after the store of `cluster`: the in-flight mark was gone */
 };
 
 /* shmcbw/failpoints.py has these first and in this order. */
@@ -344,6 +348,14 @@ static void publish_want(const struct shared *shared, uint64_t slot, uint64_t fi
     atomic_store(word, *sequence);
 }
 
+/* Nobody else may write these: a worker that reads something else would serve something else. */
+static bool want_intact(const struct shared *shared, uint64_t slot, uint64_t first, uint64_t end, uint32_t sequence)
+{
+    return atomic_load_explicit(slot_word32(shared, slot, shared->want_sequence), memory_order_relaxed) == sequence &&
+           atomic_load_explicit(slot_word64(shared, slot, shared->want_first), memory_order_relaxed) == first &&
+           atomic_load_explicit(slot_word64(shared, slot, shared->want_end), memory_order_relaxed) == end;
+}
+
 static void withdraw_want(const struct shared *shared, uint64_t slot, uint32_t sequence)
 {
     atomic_store(slot_word32(shared, slot, shared->want_sequence), sequence + 1);
@@ -420,6 +432,10 @@ static int await_copies(struct filter *self, struct thread_slot *thread, struct 
         Py_END_ALLOW_THREADS
         if (waited != WAITED_BLOCKED || failed || !self->open)
             break;
+        if (__builtin_expect(!want_intact(shared, slot, first, end, sequence), 0)) {
+            late = -1;
+            break; /* starts over and publishes it again */
+        }
         /* Not only at EINTR: the kernel may have given the signal to another thread. */
         if (handle_signals(self) != 0) {
             result = -1;
@@ -615,8 +631,13 @@ static int try_write(struct filter *self, struct request *request)
         failed = store_data(self, image, request);
     }
     reach(self, armed, WRITER_STORED, request);
-leave:
+leave:;
+    /* A cut that did not see the mark may have been taken in the middle of the store.  No fence: this finds scribbles,
+     * it is no part of the protocol. */
+    bool unmarked = atomic_load_explicit(in_flight, memory_order_relaxed) != 1;
     atomic_store_explicit(in_flight, 0, memory_order_release);
+    if (__builtin_expect(unmarked, 0) && resolve(self, REASON_UNMARKED, 0, 0, first) != 0)
+        return -1;
     if (__builtin_expect(request->failed_errno != 0, 0))
         return fail(self, request);
     if (__builtin_expect(failed, 0))

@@ -48,11 +48,11 @@ def test_exchange_changes_exactly_the_bytes_that_held_the_state(
     assert states == expected
 
 
-@given(ranges())
-def test_find_pending_and_run_agree_with_the_oracle(case: tuple[bytearray, int, int]) -> None:
+@given(ranges(), st.sampled_from([0, 3, 240, 255]))
+def test_find_byte_and_run_agree_with_the_oracle(case: tuple[bytearray, int, int], value: int) -> None:
     states, first, end = case
-    found = states.find(PENDING, first, end)
-    assert _core.find_pending(states, first, end) == (end if found < 0 else found)
+    found = states.find(value, first, end)
+    assert _core.find_byte(states, first, end, value) == (end if found < 0 else found)
     if first == end:
         with pytest.raises(ValueError):
             _core.run(states, first, end)
@@ -78,13 +78,37 @@ def test_find_uncopied_finds_the_first_cluster_written_after_the_epoch_and_not_c
     assert _core.find_uncopied(epoch_map, 0, bitmap, len(clusters), epoch) == expected
 
 
+@given(st.lists(st.sampled_from([0, 1, 7, 2**32 - 1]), min_size=1, max_size=20), st.integers(0, 9), st.data())
+def test_find_marked_finds_the_first_cluster_of_a_range_that_is_marked_later(
+    marks: list[int], epoch: int, data: st.DataObject
+) -> None:
+    first = data.draw(st.integers(0, len(marks)))
+    end = data.draw(st.integers(first, len(marks)))
+    epoch_map = bytearray(8) + b"".join(mark.to_bytes(4, "little") for mark in marks)
+    expected = next((cluster for cluster in range(first, end) if marks[cluster] > epoch), None)
+    assert _core.find_marked(epoch_map, 8, first, end, epoch) == expected
+
+
+@given(st.lists(st.sampled_from([0, 1, 7, 2**32 - 1]), min_size=1, max_size=20), st.integers(0, 9))
+def test_clamp_marks_lowers_the_later_ones_and_counts_them(marks: list[int], epoch: int) -> None:
+    epoch_map = bytearray(b"".join(mark.to_bytes(4, "little") for mark in marks))
+    assert _core.clamp_marks(epoch_map, 0, len(marks), epoch) == sum(mark > epoch for mark in marks)
+    assert epoch_map == b"".join(min(mark, epoch).to_bytes(4, "little") for mark in marks)
+
+
+@pytest.mark.parametrize(("first", "end"), [(0, 3), (3, 3), (2, 1), (0, 2**64 - 1)])
+def test_marks_outside_the_map_are_value_errors(first: int, end: int) -> None:
+    with pytest.raises(ValueError):
+        _core.find_marked(bytearray(16), 8, first, end, 0)
+
+
 @pytest.mark.parametrize(("first", "end"), [(0, 9), (9, 9), (5, 4), (0, 2**64 - 1), (2**63, 2**63)])
 def test_ranges_outside_the_bitmap_are_value_errors(first: int, end: int) -> None:
     states = bytearray(8)
     for call in (
         lambda: _core.claim(states, first, end, 1, 1),
         lambda: _core.exchange(states, first, end, 0, 1),
-        lambda: _core.find_pending(states, first, end),
+        lambda: _core.find_byte(states, first, end, 0),
         lambda: _core.histogram(states, first, end),
         lambda: _core.run(states, first, end),
     ):

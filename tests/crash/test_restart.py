@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import mmap
 import os
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from shmcbw.failpoints import POINTS
 from shmcbw.image import ImageFile
 from shmcbw.invariants import check
 from shmcbw.layout import Header, Word, Worker
+from shmcbw.seals import header_seal
 from shmcbw.segment import attach, worker_byte
 from shmcbw.workers import Coordinator
 from tests.conftest import segment_file, wait_for
@@ -242,9 +244,10 @@ def test_coordinators_that_die_one_after_the_other_while_they_adopt_leave_all_to
 
 
 def overwrite_header(image: Path, word: Word, value: bytes) -> None:
-    with segment_file(image).open("r+b") as file:
-        file.seek(word.offset)
-        file.write(value)
+    """As if the segment had been created with this."""
+    with segment_file(image).open("r+b") as file, mmap.mmap(file.fileno(), Header.SIZE) as header:
+        header[word.offset : word.offset + word.size] = value
+        header[Header.seal.offset : Header.seal.offset + 4] = header_seal(header).to_bytes(4, "little")
 
 
 def discard_by(image: Path, rule: str) -> str:

@@ -60,7 +60,7 @@ def test_a_dead_writer_in_flight_does_not_hold_a_cut(make_image: Callable[..., P
 
 def test_a_gated_writer_ends_a_drained_section_that_is_past_its_deadline(make_image: Callable[..., Path]) -> None:
     image = make_image(SIZE)
-    with Coordinator(image, workers=1) as coordinator, shmcbw.open(image) as disk:
+    with Coordinator(image, workers=1) as coordinator, shmcbw.open(image) as disk, coordinator._lock:
         segment = coordinator._segment
         even = epoch(segment)
         segment.set_header(Header.drain_deadline_ns, time.monotonic_ns() + 100_000_000)
@@ -73,7 +73,7 @@ def test_a_gated_writer_ends_a_drained_section_that_is_past_its_deadline(make_im
 
 def test_a_write_waits_at_the_gate_and_goes_on_when_it_opens(make_image: Callable[..., Path]) -> None:
     image = make_image(SIZE)
-    with Coordinator(image, workers=1) as coordinator, shmcbw.open(image) as disk:
+    with Coordinator(image, workers=1) as coordinator, shmcbw.open(image) as disk, coordinator._lock:
         segment = coordinator._segment
         even = epoch(segment)
         before = disk.pread(1, 0)
@@ -114,7 +114,9 @@ def test_the_core_waits_until_every_slot_was_quiet_once() -> None:
 def test_a_cut_is_refused_when_the_epochs_are_used_up(make_image: Callable[..., Path], tmp_path: Path) -> None:
     image = make_image(SIZE)
     with Coordinator(image, workers=1) as coordinator, shmcbw.open(image) as disk:
-        _core.store_u32(coordinator._segment.memory, Header.epoch.offset, 2**32 - 4)
+        with coordinator._lock:
+            coordinator._segment.own_epoch = 2**32 - 4
+            coordinator._segment.set_header(Header.epoch, 2**32 - 4)
         with pytest.raises(shmcbw.ShmcbwError, match="32 bits"):
             coordinator.snapshot(tmp_path / "scratch")
         disk.pwrite(b"x", 0)

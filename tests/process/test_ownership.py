@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
 import subprocess
@@ -15,11 +16,12 @@ import pytest
 
 import shmcbw
 from shmcbw import segment as segments
-from shmcbw.layout import Header
+from shmcbw.layout import Header, Word
+from shmcbw.seals import header_seal
 from shmcbw.segment import sweep
 from shmcbw.workers import Coordinator
 from tests.conftest import segment_file, wait_for
-from tests.processes import running, write_forever
+from tests.processes import running, stop_all, write_forever
 
 SHM = Path(segments.SHM)
 SIZE = 4 << 20
@@ -41,6 +43,15 @@ def start_owner(image: Path, *arguments: str) -> subprocess.Popen[bytes]:
     assert owner.stdout.readline() == b"ready\n"
     owner.stdout.close()
     return owner
+
+
+def write_creators_word(image: Path, word: Word, value: bytes) -> bytes:
+    """Write a word as if the segment had been created with it; what was there."""
+    with segment_file(image).open("r+b") as file, mmap.mmap(file.fileno(), Header.SIZE) as header:
+        before = header[word.offset : word.offset + word.size]
+        header[word.offset : word.offset + word.size] = value
+        header[Header.seal.offset : Header.seal.offset + 4] = header_seal(header).to_bytes(4, "little")
+    return before
 
 
 @pytest.fixture
@@ -124,11 +135,12 @@ def test_a_foreign_file_under_our_name_is_refused(image: Path) -> None:
 
 def test_a_foreign_layout_version_is_refused(image: Path) -> None:
     with Coordinator(image, workers=1) as coordinator:
-        coordinator._segment.set_header(Header.version, 99)
-        with pytest.raises(shmcbw.LayoutVersionError, match="version 99"):
-            shmcbw.open(image)
-        with pytest.raises(shmcbw.ShmcbwError, match="live processes"):
-            Coordinator(image)
+        with coordinator._lock:  # it would put its header right
+            coordinator._segment.set_header(Header.version, 99)
+            with pytest.raises(shmcbw.LayoutVersionError, match="version 99"):
+                shmcbw.open(image)
+            with pytest.raises(shmcbw.ShmcbwError, match="live processes"):
+                Coordinator(image)
 
 
 def test_an_unfinished_segment_of_a_dead_creator_is_discarded(image: Path) -> None:
@@ -156,9 +168,8 @@ def test_an_unfinished_segment_of_another_image_is_swept_when_it_is_old(
 
 def test_a_segment_from_before_the_boot_is_discarded(image: Path) -> None:
     owner = start_owner(image)
-    with segment_file(image).open("r+b") as file:
-        file.seek(Header.boot_id.offset)
-        file.write(bytes(16))
+    stop_all([owner.pid])  # it would put its header right
+    write_creators_word(image, Header.boot_id, bytes(16))
     with pytest.raises(shmcbw.ShmcbwError, match="last boot"):
         shmcbw.open(image)
     owner.kill()
@@ -180,11 +191,9 @@ def test_an_image_that_was_resized_is_served_anew_and_the_orphans_are_sent_away(
 def test_an_image_that_only_has_the_inode_number_of_the_old_one_is_another_image(image: Path, tmp_path: Path) -> None:
     """The image was deleted with an unfinished backup, and a new file got its inode number: nothing is adopted."""
     owner = start_owner(image, str(tmp_path / "out"))
-    with segment_file(image).open("r+b") as file:
-        file.seek(Header.image_birth_ns.offset)
-        assert int.from_bytes(file.read(8), "little") > 0
-        file.seek(Header.image_birth_ns.offset)
-        file.write((1).to_bytes(8, "little"))
+    stop_all([owner.pid])  # it would put its header right
+    before = write_creators_word(image, Header.image_birth_ns, (1).to_bytes(8, "little"))
+    assert int.from_bytes(before, "little") > 0
     owner.kill()
     owner.wait()
     with pytest.raises(shmcbw.ShmcbwError, match="inode number"):

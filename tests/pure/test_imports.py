@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 #: Each module imports only modules above it; cli and __main__ are the top layer and may import what runs.
 ORDER = [
-    "errors", "clusters", "layout", "states", "sizes", "_core", "failpoints", "image", "segment",
+    "errors", "clusters", "layout", "states", "sizes", "_core", "failpoints", "image", "seals", "segment",
     "bitmap", "slots", "epochs", "points", "dirty", "groups",
     "snapshots", "reader", "filter", "status", "invariants", "doctor", "__init__",
     "chain_commands", "export_command", "cli", "__main__",
