@@ -675,10 +675,11 @@ class Coordinator:
                 request.sync,
                 request.bitmap,
                 request.bitmap_mode,
+                path=path,
                 in_place=request.in_place,
                 manifest=request.manifest,
             )
-            serial = self._begin(index, path, in_place=request.in_place)
+            serial = self._begin(index, path, in_place=increment is not None and increment.in_place)
             file: TargetFile | None = None
             job_id: str | None = None
             try:

@@ -138,6 +138,19 @@ class ForwardFile(TargetFile):
         )
 
 
+def is_rest(path: str, point: Point | None) -> bool:
+    """Whether what is under a target's working name is what a failed job has left, and its point is this one."""
+    if point is None or not point.rest:
+        return False
+    try:
+        found = Manifest.open(sidecar(path))
+    except (OSError, ManifestError):
+        return False
+    found.close()
+    unfinished = found.state in (REST, CHANGING) and is_file(path + PARTIAL_SUFFIX, found.description.target)
+    return unfinished and found.description.point == point
+
+
 def _wait_unheld(fd: int) -> None:
     """Take the exclusive lock; BlockingIOError if somebody is at it.  Workers that have finished it let go soon."""
     deadline = time.monotonic() + LET_GO_S

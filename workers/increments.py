@@ -35,7 +35,7 @@ from shmcbw.segment import Segment
 from shmcbw.snapshots import wake_all
 
 from .bitmaps import Bitmaps, segment_uuid
-from .forward import ForwardFile
+from .forward import ForwardFile, is_rest
 from .manifest import ABSENT, FINISHED, FULL, INCREMENT, NAMING, PARTIAL_SUFFIX, REST, Description, sidecar
 from .manifest import ZERO as ZERO_WORD
 from .pool import Pool
@@ -72,10 +72,16 @@ class Increment:
         bitmap: str | None,
         mode: str | None,
         *,
+        path: str,
         in_place: bool,
         manifest: bool,
     ) -> Increment | None:
-        """What a backup with these parameters has; None: nothing.  BitmapError, ValueError: they make no sense."""
+        """What a backup with these parameters to this target has; None: nothing.  BitmapError, ValueError: they make no
+        sense.
+
+        What is under the target's working name may be the rest of a job with bitmap-mode always that failed, and the
+        bitmap what was not copied: then the backup goes on in it.
+        """
         mode = bitmaps.check_job(sync, bitmap, mode)
         if in_place and states.SYNCS[sync] != states.SYNC_BITMAP:
             raise BitmapError(
@@ -85,6 +91,8 @@ class Increment:
             raise ValueError("manifest: sync mode 'none' copies nothing that could be described")
         if bitmap is None and not manifest:
             return None
+        if bitmap is not None and states.SYNCS[sync] == states.SYNC_BITMAP:
+            in_place |= is_rest(path, bitmaps[bitmap].since)
         return cls(bitmaps, segment, sync, bitmap, mode, in_place=in_place)
 
     @classmethod
@@ -245,7 +253,8 @@ class Increment:
                 "by the same bitmap, completes it"
             )
         if self.mode == "always":
-            return f"what was copied stays in {target}{PARTIAL_SUFFIX}, for a backup of the same bitmap in place"
+            working = f"{target}{PARTIAL_SUFFIX}"
+            return f"what was copied stays in {working}, where the next backup of the bitmap to that target goes on"
         return None
 
     def _leave_rest(self, index: int, target: TargetFile, cluster_bytes: Bitmap, pool: Pool) -> bool:

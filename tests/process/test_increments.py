@@ -13,7 +13,7 @@ import pytest
 import shmcbw
 from shmcbw.cli import main
 from shmcbw.errors import ChainError, ManifestError, VerificationError
-from shmcbw.workers import Coordinator
+from shmcbw.workers import Coordinator, Job
 from shmcbw.workers.manifest import CHECKSUM_MIN, HEADER_BYTES, Manifest, checksum
 from tests.chains import assert_never_wrong, change, restored
 
@@ -403,3 +403,64 @@ def test_backup_since_a_bitmap_that_is_not_there_says_where_bitmaps_live(
     assert main(["bitmap", "list", str(image)]) == 3
     assert "bitmaps live with a running coordinator" in capsys.readouterr().err
     assert main(["bitmap", "add", str(image)]) == 2
+
+
+# -- bitmap-mode always ------------------------------------------------------------------------------------------------
+
+
+def test_what_always_leaves_is_completed_by_the_next_backup_of_the_bitmap_or_laid_under_it(
+    coordinator: Coordinator, disk: shmcbw.Disk, backups: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = base(coordinator, backups / "full")
+    for cluster in (1, 2, 3):
+        disk.pwrite(b"x", cluster * CLUSTER)
+    target, rest = backups / "increment", backups / "increment.shmcbw-partial"
+
+    def back_up(where: Path, speed: int = 0) -> Job:
+        return coordinator.backup(where, sync="bitmap", bitmap="b", bitmap_mode="always", speed=speed)
+
+    job = back_up(target, speed=1)
+    disk.pwrite(b"y", 2 * CLUSTER)
+    job.cancel()
+    with pytest.raises(shmcbw.JobCancelledError, match="what was copied stays in"):
+        job.wait(20)
+    assert {1, 2} & {index for index, word in enumerate(rest_words(target)) if word >= CHECKSUM_MIN} == {2}
+    assert list(coordinator.bitmaps.extents("b")) == [(CLUSTER, 3 * CLUSTER)]
+    # Alone it shows no instant.
+    assert main(["restore", str(full), str(rest), str(tmp_path / "out")]) == ChainError.exit_status
+    assert "shows no instant" in capsys.readouterr().err
+    # Another bitmap can't have it, and nothing may take its place.
+    with pytest.raises(shmcbw.TargetRefusedError, match="is not finished"):
+        coordinator.backup(target)
+    copy = backups / "copy"
+    back_up(copy).wait(20)
+    assert restored([full, rest, copy], tmp_path / "out") == Path(coordinator.path).read_bytes()
+    assert main(["restore", str(full), str(copy), str(tmp_path / "out")]) == ChainError.exit_status
+
+
+def test_a_job_to_the_same_target_goes_on_in_what_always_has_left(
+    coordinator: Coordinator, disk: shmcbw.Disk, backups: Path, tmp_path: Path
+) -> None:
+    full = base(coordinator, backups / "full")
+    for cluster in (1, 2, 3):
+        disk.pwrite(b"x", cluster * CLUSTER)
+    target = backups / "increment"
+    for number in range(3):
+        job = coordinator.backup(target, sync="bitmap", bitmap="b", bitmap_mode="always", speed=1)
+        disk.pwrite(b"y%d" % number, (number + 2) * CLUSTER)
+        job.cancel()
+        with pytest.raises(shmcbw.JobCancelledError):
+            job.wait(20)
+    coordinator.backup(target, sync="bitmap", bitmap="b", bitmap_mode="always").wait(20)
+    assert restored([full, target], tmp_path / "out") == Path(coordinator.path).read_bytes()
+    assert sorted(path.name for path in backups.iterdir()) == [
+        "full", "full.shmcbw", "increment", "increment.shmcbw"
+    ]  # fmt: skip
+
+
+def rest_words(target: Path) -> list[int]:
+    manifest = Manifest.of_rest(f"{target}.shmcbw-partial", str(target))
+    try:
+        return list(manifest.words(0, manifest.description.clusters))
+    finally:
+        manifest.close()
