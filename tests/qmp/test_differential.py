@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import wait_for
 from tests.qmp.sides import CLUSTER, SIZE, Ours, Record, Side, Theirs
 
 ALL = os.environ.get("SHMCBW_DIFFERENTIAL") == "all"
@@ -185,7 +186,8 @@ def bring_to(side: Side, state: str) -> None:
     side.ask("blockdev-backup", **{**job, "job-id": "j"})
     if state == "paused":
         side.ask("job-pause", id="j")
-        side.wait("j", "paused")
+        # Not the event: QEMU also pauses jobs by itself, for a moment (D1).
+        wait_for(lambda: side.jobs()["j"]["status"] == "paused", "the job is paused")
     elif state == "stopped":
         side.client.wait_event("BLOCK_JOB_ERROR")
         side.wait("j", "paused")
@@ -213,7 +215,7 @@ def test_every_verb_in_a_state(sides: tuple[Ours, Theirs], state: str) -> None:
             extra = {"speed": 0} if verb == "block-job-set-speed" else {}
             kind, _ = side.ask(verb, **{member: "j"}, **extra)
             if kind == "return" and verb.endswith("pause"):
-                side.wait("j", "paused")
+                wait_for(lambda: side.jobs()["j"]["status"] == "paused", "the job is paused")
             if kind == "return" and verb.endswith(("cancel", "finalize")):
                 side.wait("j", "concluded")
             if kind == "return" and verb.endswith("set-speed") and state == "running":
