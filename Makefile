@@ -2,6 +2,7 @@
 # make test   set everything up, check style and types, run the tests
 # make bench  measure; see tools/bench
 # make torture  an hour of kills, stops and restarts, judged by logs
+# make fuzz overwrite the shared memory at random (SHMCBW_SEED, SHMCBW_FUZZ_SECONDS; make test does a part of that)
 # make untrusted  overwrite every word of the shared memory (make test does a part of that)
 # make matrix kill and stop at every failpoint (make test does a part of that)
 # make differential  the same scripts for QEMU's storage daemon (make test does a part of that)
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 CORE := $(wildcard shmcbw/_core/*.c shmcbw/_core/*.h)
 DEBIAN_PACKAGES := bindfs e2fsprogs exfat-fuse exfatprogs fio libnbd-bin openssl qemu-system-common qemu-utils strace
 
-.PHONY: demo test lint untrusted bench matrix differential faults torture model clean
+.PHONY: demo test lint fuzz untrusted bench matrix differential faults torture model clean
 
 demo: $(VENV)/.installed
 	$(BIN)/shmcbw demo
@@ -40,6 +41,9 @@ faults: $(VENV)/.installed-test
 
 differential: $(VENV)/.installed-test
 	SHMCBW_DIFFERENTIAL=all $(BIN)/python -m pytest tests/qmp/test_differential.py tests/qmp/test_jobs_over_qmp.py
+
+fuzz: $(VENV)/.installed-test
+	SHMCBW_FUZZ_SECONDS=$${SHMCBW_FUZZ_SECONDS:-60} $(BIN)/python -m pytest --timeout 0 tests/crash/test_fuzz.py
 
 untrusted: $(VENV)/.installed-test
 	SHMCBW_MATRIX=all $(BIN)/python -m pytest tests/crash/test_untrusted.py
