@@ -25,6 +25,7 @@ from shmcbw.segment import COORDINATOR, attach_named, has_journal, identities
 from shmcbw.snapshots import state_of
 
 from .coordinator import Coordinator
+from .job_states import CONCLUDED, NULL
 from .nodes import Graph
 from .qmp import (
     backup_commands,
@@ -128,6 +129,8 @@ class Daemon:
         if name == "SNAPSHOT_BROKEN":
             data = {"filename": path, **{key: value for key, value in data.items() if value is not None}}
         self._server.post(name, data)
+        if name == "JOB_STATUS_CHANGE" and data["status"] in (CONCLUDED, NULL):
+            self._server.between_commands(self._desk.tidy)
 
     def _stop(self, reason: str) -> None:
         """On the loop's thread."""

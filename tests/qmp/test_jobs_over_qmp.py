@@ -143,6 +143,16 @@ def test_jobs_are_left_to_the_next_daemon_with_detach_jobs(tmp_path: Path, make_
         assert target.read_bytes() == set_.content
 
 
+def test_nothing_is_kept_for_a_job_that_has_ended_by_itself(set_: Set) -> None:
+    status = set_.image.stat()
+    journal = Path(f"/dev/shm/shmcbw-{status.st_dev:x}-{status.st_ino:x}.state")
+    set_.backup(speed=1)
+    assert journal.exists()
+    set_.client.execute("block-job-set-speed", device="j", speed=0)
+    set_.client.wait_status("j", "null")
+    wait_for(lambda: not journal.exists(), "there is nothing to come back for")
+
+
 def test_jobs_are_cancelled_by_a_clean_end(set_: Set) -> None:
     set_.backup(speed=1)
     assert set_.daemon.stop() == 0

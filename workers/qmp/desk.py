@@ -6,14 +6,19 @@ It runs in a thread.  Handlers of commands that alter something have their turn 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
+
+from shmcbw.errors import ShmcbwError
 
 from ..coordinator import Coordinator
 from ..jobs import Job
 from ..nodes import Graph, Served
 from .schema import QMPError
 from .vocabulary import BY_NAME
+
+log = logging.getLogger("shmcbw")
 
 Arguments = dict[str, Any]
 Handler = Callable[["Desk", Arguments], Any]
@@ -42,6 +47,14 @@ class Desk:
             return self._handlers[name](self, arguments)
         finally:
             self.graph.store()
+
+    def tidy(self) -> None:
+        """Between commands: let go of nodes of jobs that have ended, here and in the journals."""
+        try:
+            self.graph.settle()
+            self.graph.store()
+        except (ShmcbwError, OSError) as error:
+            log.warning("nodes of ended jobs stay in a journal: %s", error)
 
     def image(self, name: str) -> Served:
         """The image that a node names, which has to be served."""

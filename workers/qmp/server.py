@@ -84,6 +84,7 @@ class Server:
         self._count = 0
         self._inode: tuple[int, int] = (0, 0)
         self._ending = False
+        self._tasks: set[asyncio.Task[None]] = set()
 
     def bind(self) -> None:
         """Take the path; clients may connect and wait.  OSError: it is another daemon's, too long, or can't be had."""
@@ -138,6 +139,25 @@ class Server:
         except RuntimeError:
             # The loop is closed: there are no clients any more.
             pass
+
+    def between_commands(self, act: Callable[[], None]) -> None:
+        """Have ``act`` run soon, in a thread, when it is nobody's turn.  From any thread; never blocks."""
+        try:
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(self._begin_between, act)
+        except RuntimeError:
+            # The loop is closed.
+            pass
+
+    def _begin_between(self, act: Callable[[], None]) -> None:
+        task = asyncio.get_running_loop().create_task(self._between(act))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _between(self, act: Callable[[], None]) -> None:
+        async with self._turn:
+            if not self._ending:
+                await asyncio.get_running_loop().run_in_executor(self._threads, act)
 
     def _broadcast(self, message: dict[str, Any]) -> None:
         for client in list(self._clients):
