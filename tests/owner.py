@@ -132,7 +132,10 @@ def _do(coordinators: list[Coordinator], command: dict[str, Any]) -> Any:
     elif action == "results":
         return {job.target: _result(job) for job in jobs}
     elif action == "read":
-        return [hashlib.sha256(s.pread(s.size_bytes, 0)).hexdigest() for s in snapshots]
+        contents = [snapshot.pread(snapshot.size_bytes, 0) for snapshot in snapshots]
+        if "to" in command and contents:
+            Path(command["to"]).write_bytes(contents[-1])
+        return [hashlib.sha256(content).hexdigest() for content in contents]
     elif action == "drop":
         for snapshot in snapshots:
             snapshot.close()
