@@ -2,6 +2,7 @@
 # make test   set everything up, check style and types, run the tests
 # make bench  measure; see tools/bench
 # make torture  an hour of kills, stops and restarts, judged by logs
+# make sanitize  the core with gcc's address and undefined-behaviour sanitizers: its tests, and the fuzzer
 # make fuzz overwrite the shared memory at random (SHMCBW_SEED, SHMCBW_FUZZ_SECONDS; make test does a part of that)
 # make untrusted  overwrite every word of the shared memory (make test does a part of that)
 # make matrix kill and stop at every failpoint (make test does a part of that)
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 CORE := $(wildcard shmcbw/_core/*.c shmcbw/_core/*.h)
 DEBIAN_PACKAGES := bindfs e2fsprogs exfat-fuse exfatprogs fio libnbd-bin openssl qemu-system-common qemu-utils strace
 
-.PHONY: demo test lint fuzz untrusted bench matrix differential faults torture model clean
+.PHONY: demo test lint sanitize fuzz untrusted bench matrix differential faults torture model clean
 
 demo: $(VENV)/.installed
 	$(BIN)/shmcbw demo
@@ -41,6 +42,19 @@ faults: $(VENV)/.installed-test
 
 differential: $(VENV)/.installed-test
 	SHMCBW_DIFFERENTIAL=all $(BIN)/python -m pytest tests/qmp/test_differential.py tests/qmp/test_jobs_over_qmp.py
+
+# A tree of its own, with another build of the core; whoever is started from it inherits both.
+SANITIZED := build/sanitized
+sanitize: $(VENV)/.installed-test $(CORE)
+	@rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)/shmcbw
+	@ln -s $(CURDIR)/shmcbw/*.py $(CURDIR)/shmcbw/_core $(CURDIR)/shmcbw/DESIGN.md $(SANITIZED)/shmcbw/
+	@ln -s $(CURDIR)/workers $(SANITIZED)/shmcbw/workers
+	gcc -std=c11 -O1 -g -fPIC -shared -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer \
+		-DPy_LIMITED_API=0x030B0000 -I"$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))')" \
+		shmcbw/_core/*.c -o $(SANITIZED)/shmcbw/_core.abi3.so -lpthread
+	PYTHONPATH=$(CURDIR)/$(SANITIZED) LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0:handle_sigbus=0:handle_segv=0:allocator_may_return_null=1 \
+		$(BIN)/python -m pytest -p no:cacheprovider tests/core tests/crash/test_fuzz.py $(SANITIZE_ARGS)
 
 fuzz: $(VENV)/.installed-test
 	SHMCBW_FUZZ_SECONDS=$${SHMCBW_FUZZ_SECONDS:-60} $(BIN)/python -m pytest --timeout 0 tests/crash/test_fuzz.py
