@@ -358,7 +358,12 @@ class Job:
                 increment.seal(entry.index, entry.target, entry.bitmap)
             hit(segment.failpoints, _SYNCED)
 
-        fd = os.dup(entry.target.fd)
+        try:
+            fd = os.dup(entry.target.fd)
+        except OSError as error:
+            # Not again at every look: it could be for ever.
+            self.failure = self._finishing_failed(error)
+            return
         try:
             sync = Sync(fd, segment.geometry.image_size, seal, segment.wake_coordinator)
             threading.Thread(target=sync.run, name=f"shmcbw-{self.id}", daemon=True).start()

@@ -104,6 +104,8 @@ FOUND = {
         found("worker dup source", "EMFILE", 0, 1),
         found("coordinator stat segment", "EIO", 0, 1),
         found("coordinator fstat source", "EIO", 3),
+        # The job never ended.
+        found("coordinator dup target", "EMFILE", 0),
         # The dead coordinator's job was forgotten, and its file stayed.
         found("coordinator open target", "EIO", 0),
         found("coordinator mmap bitmap", "ENOMEM", 14),
