@@ -46,15 +46,16 @@ differential: $(VENV)/.installed-test
 # A tree of its own, with another build of the core; whoever is started from it inherits both.
 SANITIZED := build/sanitized
 sanitize: $(VENV)/.installed-test $(CORE)
-	@rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)/shmcbw
-	@ln -s $(CURDIR)/shmcbw/*.py $(CURDIR)/shmcbw/_core $(CURDIR)/shmcbw/DESIGN.md $(SANITIZED)/shmcbw/
-	@ln -s $(CURDIR)/workers $(SANITIZED)/shmcbw/workers
+	@rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
+	@cp -r shmcbw workers tests tools pyproject.toml $(SANITIZED)/
+	@ln -s ../workers $(SANITIZED)/shmcbw/workers
 	gcc -std=c11 -O1 -g -fPIC -shared -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer \
 		-DPy_LIMITED_API=0x030B0000 -I"$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))')" \
 		shmcbw/_core/*.c -o $(SANITIZED)/shmcbw/_core.abi3.so -lpthread
-	PYTHONPATH=$(CURDIR)/$(SANITIZED) LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-		ASAN_OPTIONS=detect_leaks=0:handle_sigbus=0:handle_segv=0:allocator_may_return_null=1 \
-		$(BIN)/python -m pytest -p no:cacheprovider tests/core tests/crash/test_fuzz.py $(SANITIZE_ARGS)
+	cd $(SANITIZED) && export PYTHONPATH="$$PWD" ASAN_OPTIONS=detect_leaks=0:handle_sigbus=0:handle_segv=0 \
+		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" && \
+		$(CURDIR)/$(BIN)/python -c 'import shmcbw._core as core; assert "sanitized" in core.__file__, core.__file__' && \
+		$(CURDIR)/$(BIN)/python -m pytest -p no:cacheprovider tests/core tests/crash/test_fuzz.py $(SANITIZE_ARGS)
 
 fuzz: $(VENV)/.installed-test
 	SHMCBW_FUZZ_SECONDS=$${SHMCBW_FUZZ_SECONDS:-60} $(BIN)/python -m pytest --timeout 0 tests/crash/test_fuzz.py

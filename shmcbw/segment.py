@@ -535,7 +535,8 @@ def attach_named(identity: Identity, owner: int) -> Segment:
         except _SizesDifferError as error:
             different = error
             time.sleep(_RESIZE_PAUSE_S)
-    raise different
+    # Its seal is right, so it is ours: somebody has overwritten its size.
+    raise StaleSegmentError(str(different.strerror))
 
 
 def _try_attach(identity: Identity, owner: int) -> Segment:
@@ -592,7 +593,7 @@ def _check_header(memory: mmap.mmap, name: str, identity: Identity) -> Geometry:
             number(Header.worker_count),
         )
     except ValueError as error:
-        raise ForeignSegmentError(errno.EINVAL, f"{SHM}{name}: {error}") from None
+        raise StaleSegmentError(f"{SHM}{name}: somebody has overwritten its header: {error}") from None
 
 
 class _SizesDifferError(ForeignSegmentError):
@@ -612,7 +613,7 @@ def _check_size(fd: int, memory: mmap.mmap, name: str, geometry: Geometry) -> No
         try:
             expected.add(geometry.resized(resize_to).segment_size)
         except ValueError as error:
-            raise ForeignSegmentError(errno.EINVAL, f"{SHM}{name}: resize: {error}") from None
+            raise StaleSegmentError(f"{SHM}{name}: somebody has overwritten its header: resize: {error}") from None
     found = os.fstat(fd).st_size
     if found not in expected or len(memory) < geometry.segment_size:
         raise _SizesDifferError(errno.EINVAL, f"{SHM}{name} has {found} bytes, its header says {geometry.segment_size}")
