@@ -20,8 +20,9 @@ DEBIAN_PACKAGES := bindfs e2fsprogs exfat-fuse exfatprogs fio libnbd-bin openssl
 demo: $(VENV)/.installed
 	$(BIN)/shmcbw demo
 
+# Tests wait more than they compute: several files at a time, also on two CPUs.
 test: $(VENV)/.installed-test lint
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-test types-tree
 	$(BIN)/ruff check .

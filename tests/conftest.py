@@ -27,7 +27,8 @@ SHM = Path("/dev/shm")
 
 
 #: Of random tests; the same again with the same value in the environment.
-SEED = int(os.environ.get("SHMCBW_SEED", "0")) or random.SystemRandom().randrange(1, 2**31)
+#: In the environment, so that all processes of a parallel run draw the same parts.
+SEED = int(os.environ.setdefault("SHMCBW_SEED", str(random.SystemRandom().randrange(1, 2**31))))
 
 
 def pytest_report_header() -> str:
