@@ -116,5 +116,9 @@ def continue_all(pids: list[int]) -> None:
 
 
 def state(pid: int) -> str:
-    with open(f"/proc/{pid}/stat") as file:
-        return file.read().rpartition(")")[2].split()[0]
+    """The state letter of a process: "T" stopped, "Z" dead and not waited for, "" gone."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""

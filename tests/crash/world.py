@@ -299,6 +299,8 @@ class World:
             assert self.guest.wait(PATIENCE_S) in (0, -signal.SIGKILL)
             self.guest = None
         wait_for(lambda: len(self.serving_workers()) == 2, "two workers serve", PATIENCE_S)
+        # One that leaves late would be taken for somebody of the next round.
+        wait_for(lambda: all(state(pid) in ("", "Z", "X") for pid in self.orphans), "orphans leave", PATIENCE_S)
         self.orphans = []
 
     def end_reader(self) -> int | None:
