@@ -26,8 +26,7 @@ settings.load_profile("shmcbw")
 SHM = Path("/dev/shm")
 
 
-#: Of random tests; the same again with the same value in the environment.
-#: In the environment, so that all processes of a parallel run draw the same parts.
+#: Of random tests; again the same with the same value in the environment, where all processes of a run find it.
 SEED = int(os.environ.setdefault("SHMCBW_SEED", str(random.SystemRandom().randrange(1, 2**31))))
 
 
