@@ -101,7 +101,7 @@ def _stream(reader: SnapshotReader) -> None:
 
 
 def _serve(options: argparse.Namespace, snapshot: int | str | None, stack: ExitStack) -> None:
-    from .workers.nbd.server import ExportSpec, Tls
+    from .workers.nbd.specification import ExportSpec, Tls
 
     tls = None
     if options.tls is not None:

@@ -38,6 +38,8 @@ from shmcbw.segment import Segment
 
 from .cut import take_boundary
 from .journal import Journal, list_files, read_file, remove_file, replace_file
+from .nbd.dirty import BitmapFile
+from .nbd.specification import BitmapSpec
 
 if TYPE_CHECKING:
     from .saved import SavedBitmaps
@@ -97,6 +99,8 @@ class Bitmaps(Mapping[str, DirtyBitmap]):
         #: The last boundary that is known.  Epoch 2 is the first one: before it nothing was written.
         self._boundary = Point(self._uuid, 1)
         self._bitmaps: dict[str, DirtyBitmap] = {}
+        #: Those that an NBD export shows, by their users.
+        self._exported: dict[str, BitmapFile] = {}
         #: Where persistent ones go; None: there are none.
         self._saved = saved
         self._adopt()
@@ -292,6 +296,8 @@ class Bitmaps(Mapping[str, DirtyBitmap]):
     def distrust(self) -> None:
         """Somebody has overwritten the epoch: writes may be marked as older than they are, and nobody knows which."""
         with self._lock:
+            for file in self._exported.values():
+                file.distrust()
             if all(bitmap.inconsistent for bitmap in self._bitmaps.values()):
                 return
             log.error("the bitmaps of %s can't be trusted any more", self._segment.name)
@@ -380,6 +386,28 @@ class Bitmaps(Mapping[str, DirtyBitmap]):
                     for bitmap in bitmaps.values():
                         if bitmap.user not in users:
                             bitmap.user = bitmap.mode = None
+
+    # -- exports -----------------------------------------------------------------------------------------------------
+
+    def export(self, name: str, user: str, *, live: bool) -> BitmapSpec:
+        """An NBD export shows it from now on: what its server is to be told.  ``live``: see `nbd/dirty.py`.
+
+        BitmapError: it is in use, or can't be trusted.  `end_export` with the same ``user`` lets go of it.
+        """
+        with self._lock:
+            self.hold(name, user, "never")
+            try:
+                file = self._exported[user] = BitmapFile(self._bitmaps[name], self.epochs, live=live)
+            except BaseException:
+                self.release(user)
+                raise
+            return file.spec
+
+    def end_export(self, user: str) -> None:
+        """Nobody reads it any more."""
+        with self._lock:
+            self.release(user)
+            self._exported.pop(user).close()
 
     # -- where they are kept -----------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ import ssl
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 from shmcbw.errors import (
     ClosedError,
@@ -35,32 +36,42 @@ PENDING_LIMIT = 64
 _SEND_TOGETHER_BYTES = 1 << 20
 _IOV_LIMIT = 512
 
+_WRITES = (wire.WRITE, wire.WRITE_ZEROES, wire.TRIM)
+
 Buffer = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class Pools:
+    """Threads of an export: for writes that wait, each thread with a slot of the image, and for all else that does."""
+
+    writing: ThreadPoolExecutor
+    reading: ThreadPoolExecutor
 
 
 class Connection:
     """A client on a socket; `run` serves it, `end` makes it leave, from any thread.
 
-    find, names: the exports, by `Handshake`'s rules.  chosen: called when the client has chosen one.
+    find, names: the exports, by `Handshake`'s rules.  choose: called with the connection and the name of the export
+    that the client has chosen; stores it in ``export`` and gives its threads, or None if it is gone meanwhile.
     """
 
     def __init__(
         self,
         sock: socket.socket,
-        find: Callable[[str], Export | None],
+        find: Callable[[str], ExportInfo | None],
         names: Callable[[], Iterable[str]],
-        pool: ThreadPoolExecutor,
         tls: ssl.SSLContext | None,
-        chosen: Callable[[], None],
+        choose: Callable[[Connection, str], Pools | None],
     ) -> None:
         self._sock = sock
         self._find = find
         self._names = names
-        self._pool = pool
         self._tls = tls
-        self._chosen = chosen
+        self._choose = choose
         self._sending = threading.Lock()
         self._pending = threading.BoundedSemaphore(PENDING_LIMIT)
+        self._pools: Pools | None = None
         self.export: Export | None = None
         self._structured = False
         self._contexts: dict[str, int] = {}
@@ -70,7 +81,6 @@ class Connection:
         try:
             rest = self._shake_hands()
             if self.export is not None:
-                self._chosen()
                 self._transmit(self.export, Requests(rest))
         except (ProtocolError, ssl.SSLError) as error:
             log.warning("nbd: connection closed: %s", error)
@@ -94,7 +104,7 @@ class Connection:
 
     def _shake_hands(self) -> bytes:
         """Until an export is chosen (``export``) or the client has left; what it has sent beyond that."""
-        handshake = Handshake(self._info, self._names, tls=self._tls is not None, tls_required=self._tls is not None)
+        handshake = Handshake(self._find, self._names, tls=self._tls is not None, tls_required=self._tls is not None)
         self._sock.settimeout(HANDSHAKE_LIMIT_S)
         while True:
             self._sock.sendall(handshake.outgoing)
@@ -111,14 +121,10 @@ class Connection:
             handshake.receive(data)
         self._sock.settimeout(None)
         if handshake.chosen is not None:
-            self.export = self._find(handshake.chosen.name)
+            self._pools = self._choose(self, handshake.chosen.name)
         self._structured = handshake.structured
         self._contexts = handshake.contexts
         return bytes(handshake.rest)
-
-    def _info(self, name: str) -> ExportInfo | None:
-        export = self._find(name)
-        return export.info if export is not None else None
 
     # -- transmission ----------------------------------------------------------------------------------------------
 
@@ -151,11 +157,11 @@ class Connection:
 
     def _answer_now(self, export: Export, request: Request) -> list[Buffer] | None:
         """The reply, or None if it would keep other requests waiting."""
-        refusal = _refusal(export.info, request)
+        refusal = _refusal(export.info, self._contexts, request)
         if refusal is not None:
             return [wire.error(self._structured, request.cookie, *refusal)]
         try:
-            if request.type == wire.WRITE and not request.flags & wire.FLAG_FUA:
+            if request.type == wire.WRITE and not request.flags & wire.FLAG_FUA and not export.writethrough:
                 if export.write_now(request.data, request.offset):
                     return [wire.done(self._structured, request.cookie)]
             elif request.type == wire.READ:
@@ -169,8 +175,10 @@ class Connection:
     def _answer_later(self, export: Export, request: Request) -> None:
         """Hand the request to the pool; it sends the reply itself."""
         data = bytes(request.data)
+        assert self._pools is not None
+        pool = self._pools.writing if request.type in _WRITES else self._pools.reading
         self._pending.acquire()
-        self._pool.submit(self._answer, export, request, data)
+        pool.submit(self._answer, export, request, data)
 
     def _answer(self, export: Export, request: Request, data: bytes) -> None:
         try:
@@ -200,11 +208,15 @@ class Connection:
             export.discard(length, offset)
         elif request.type == wire.CACHE:
             export.cache(length, offset)
-        if request.type == wire.FLUSH or request.flags & wire.FLAG_FUA:
+        durable = request.flags & wire.FLAG_FUA or export.writethrough
+        if request.type == wire.FLUSH or (request.type in _WRITES and durable):
             export.flush()
         return [wire.done(self._structured, request.cookie)]
 
     def _data_reply(self, request: Request, data: bytes) -> list[Buffer]:
+        if not data:
+            # A chunk of data can't be empty.
+            return [wire.done(self._structured, request.cookie)]
         return [wire.data_header(self._structured, request.cookie, request.offset, len(data)), data]
 
     def _read(self, export: Export, request: Request) -> list[Buffer]:
@@ -257,18 +269,18 @@ class Connection:
                 left[0] = left[0][sent:]
 
 
-def _refusal(info: ExportInfo, request: Request) -> tuple[int, str] | None:
+def _refusal(info: ExportInfo, contexts: dict[str, int], request: Request) -> tuple[int, str] | None:
     """Why the request makes no sense for this export: (errno, text)."""
     kind = request.type
     if request.refused:
         return request.refused, "unknown command or flags, or too long"
     if kind == wire.FLUSH:
         return None
-    if kind in (wire.WRITE, wire.WRITE_ZEROES, wire.TRIM):
+    if kind in _WRITES:
         if info.flags & wire.READ_ONLY or (kind != wire.TRIM and not info.flags & wire.SEND_FUA):
             return errno.EPERM, "the export is read-only"
-    elif request.length == 0 and kind == wire.BLOCK_STATUS:
-        return errno.EINVAL, "block status of no bytes"
+    elif kind == wire.BLOCK_STATUS and (request.length == 0 or not contexts):
+        return errno.EINVAL, "block status of no bytes, or in no context"
     if kind == wire.CACHE and not info.flags & wire.SEND_CACHE:
         return errno.EINVAL, "CACHE is not offered"
     if request.offset + request.length > info.size_bytes:

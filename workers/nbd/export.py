@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Protocol
 
 from shmcbw import _core
@@ -19,15 +19,13 @@ from shmcbw.image import HONEST_HOLES, ImageFile, next_data
 from shmcbw.reader import SnapshotReader
 
 from . import wire
+from .dirty import BitmapReader, Extents
+from .specification import ExportSpec
 from .wire import ExportInfo
 
 ALLOCATION = "base:allocation"
 DIRTY = "qemu:dirty-bitmap:"
 
-#: (length in bytes, flags of the context).
-Extents = list[tuple[int, int]]
-#: Extents of a dirty bitmap: (length, offset) -> at least one extent, from the offset on.
-DirtyExtents = Callable[[int, int], Extents]
 
 #: A hot write needs none of it; a first touch with a warm target is done within it.
 PATIENCE_NS = 1_000_000
@@ -40,6 +38,8 @@ class Export(Protocol):
     """What a connection needs of an export."""
 
     info: ExportInfo
+    #: Each write is on the disk before it is answered.
+    writethrough: bool
 
     def read_now(self, length: int, offset: int) -> bytes | None: ...
     def read(self, length: int, offset: int) -> bytes: ...
@@ -56,17 +56,17 @@ class Export(Protocol):
 class DiskExport:
     """An image as it is now.  Writes go through the filter, so each connection is a writer like any other."""
 
-    def __init__(self, name: str, path: str, *, writable: bool, dirty: dict[str, DirtyExtents] | None = None) -> None:
-        self._disk = Disk(path, read_only=not writable)
-        try:
+    def __init__(self, spec: ExportSpec) -> None:
+        path, writable = spec.image, spec.writable
+        with ExitStack() as opened:
+            self._disk = opened.enter_context(Disk(path, read_only=not writable))
             self._image = ImageFile.open(path, writable=False)
-        except BaseException:
-            self._disk.close()
-            raise
+            opened.callback(self._image.close)
+            self._dirty = _bitmaps(spec, opened)
+            self._close = opened.pop_all().close
         self._fd = self._image.fd
         self._honest_holes = _core.file_system(self._fd) in HONEST_HOLES
         self._punches = writable and _can_punch(path, self._disk.size_bytes)
-        self._dirty = dirty or {}
         flags = wire.HAS_FLAGS | wire.SEND_FLUSH | wire.SEND_FUA | wire.SEND_DF | wire.SEND_CACHE
         # All connections write into one page cache, and a flush syncs the file: it covers what any of them has written.
         flags |= wire.CAN_MULTI_CONN
@@ -74,13 +74,8 @@ class DiskExport:
             flags |= wire.SEND_TRIM | wire.SEND_WRITE_ZEROES | wire.SEND_FAST_ZERO
         else:
             flags |= wire.READ_ONLY
-        self.info = ExportInfo(
-            name,
-            self._disk.size_bytes,
-            flags,
-            f"image {path}",
-            contexts=(ALLOCATION, *(DIRTY + bitmap for bitmap in self._dirty)),
-        )
+        self.writethrough = spec.writethrough
+        self.info = _info(spec, self._disk.size_bytes, flags, f"image {path}")
 
     def read_now(self, length: int, offset: int) -> bytes | None:
         buffer = bytearray(length)
@@ -124,7 +119,7 @@ class DiskExport:
 
     def extents(self, context: str, length: int, offset: int) -> Extents:
         if context != ALLOCATION:
-            return self._dirty[context.removeprefix(DIRTY)](length, offset)
+            return self._dirty[context].extents(length, offset, limit=EXTENTS_LIMIT)
         if not self._honest_holes:
             return [(length, 0)]
         found: Extents = []
@@ -143,27 +138,23 @@ class DiskExport:
         return found
 
     def close(self) -> None:
-        self._disk.close()
-        self._image.close()
+        self._close()
 
 
 class SnapshotExport:
     """A snapshot.  Read-only, but for a discard, which says "I have read this part": the snapshot lets it go."""
 
-    def __init__(
-        self, name: str, reader: SnapshotReader, *, writable: bool, dirty: dict[str, DirtyExtents] | None = None
-    ) -> None:
+    def __init__(self, spec: ExportSpec, reader: SnapshotReader) -> None:
+        """The reader is the export's from here on."""
         self._reader = reader
-        self._dirty = dirty or {}
+        with ExitStack() as opened:
+            opened.enter_context(reader)
+            self._dirty = _bitmaps(spec, opened)
+            self._close = opened.pop_all().close
         flags = wire.HAS_FLAGS | wire.SEND_FLUSH | wire.SEND_DF | wire.CAN_MULTI_CONN
-        flags |= wire.SEND_TRIM if writable else wire.READ_ONLY
-        self.info = ExportInfo(
-            name,
-            reader.size_bytes,
-            flags,
-            "snapshot",
-            contexts=(ALLOCATION, *(DIRTY + bitmap for bitmap in self._dirty)),
-        )
+        flags |= wire.SEND_TRIM if spec.writable else wire.READ_ONLY
+        self.writethrough = False
+        self.info = _info(spec, reader.size_bytes, flags, "snapshot")
 
     def read_now(self, length: int, offset: int) -> bytes | None:
         return None
@@ -191,7 +182,7 @@ class SnapshotExport:
 
     def extents(self, context: str, length: int, offset: int) -> Extents:
         if context != ALLOCATION:
-            return self._dirty[context.removeprefix(DIRTY)](length, offset)
+            return self._dirty[context].extents(length, offset, limit=EXTENTS_LIMIT)
         flags = {"data": 0, "zero": wire.STATE_HOLE | wire.STATE_ZERO}
         found: Extents = []
         # A request that runs into what is not part of the snapshot is answered up to there.
@@ -200,7 +191,22 @@ class SnapshotExport:
         return found
 
     def close(self) -> None:
-        self._reader.close()
+        self._close()
+
+
+def _bitmaps(spec: ExportSpec, opened: ExitStack) -> dict[str, BitmapReader]:
+    """The dirty bitmaps of an export by their contexts; ``opened`` closes them."""
+    found = {}
+    for each in spec.bitmaps:
+        reader = BitmapReader(each, spec.image)
+        opened.callback(reader.close)
+        found[DIRTY + each.name] = reader
+    return found
+
+
+def _info(spec: ExportSpec, size_bytes: int, flags: int, description: str) -> ExportInfo:
+    contexts = (ALLOCATION, *(DIRTY + each.name for each in spec.bitmaps))
+    return ExportInfo(spec.name, size_bytes, flags, spec.description or description, contexts=contexts)
 
 
 def read_fully(fd: int, length: int, offset: int) -> bytes:

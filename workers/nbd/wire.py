@@ -95,6 +95,10 @@ class ProtocolError(ShmcbwError):
     """The peer's bytes are no NBD any more: the connection can only be closed."""
 
 
+#: Queries of LIST that mean all that begin so.  No others: the name of a bitmap may end with a colon.
+_WILDCARDS = ("base:", "qemu:", "qemu:dirty-bitmap:")
+
+
 @dataclass(frozen=True, slots=True)
 class ExportInfo:
     """What a client is told of an export.  ``flags``: transmission flags; block sizes in bytes."""
@@ -312,12 +316,10 @@ def _string(data: bytes, position: int) -> tuple[str, int]:
 
 
 def _is_meant(context: str, queries: Sequence[str], *, setting: bool) -> bool:
-    """LIST: no query means all, "base:" all of base, "qemu:dirty-bitmap:" all of these.  SET: whole names only."""
-    if setting:
-        return context in queries
-    return not queries or any(
-        context == query or (query.endswith(":") and context.startswith(query)) for query in queries
-    )
+    """LIST: no query means all, and see `_WILDCARDS`.  SET: whole names only."""
+    if context in queries:
+        return True
+    return not setting and (not queries or any(query in _WILDCARDS and context.startswith(query) for query in queries))
 
 
 @dataclass(frozen=True, slots=True)
