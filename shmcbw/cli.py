@@ -170,6 +170,9 @@ def parser() -> argparse.ArgumentParser:
         default=None,
         help="at the end leave jobs and snapshots to the next daemon, with their workers",
     )
+    serve.add_argument("--nbd-listen", metavar="ADDRESS", help="serve the images over NBD: unix:PATH, or tcp:HOST:PORT")
+    serve.add_argument("--nbd-tls", nargs=2, metavar=("CERTIFICATE", "KEY"), help="encrypt NBD; PEM files")
+    serve.add_argument("--nbd-tls-authority", metavar="FILE", help="NBD clients must show a certificate signed by it")
     serve.add_argument("--config", metavar="FILE.toml", help="settings, named like these options; these win")
     serve.add_argument("--log-level", choices=("debug", "info", "warning", "error"), help="default info")
     serve.set_defaults(run=_serve)
@@ -463,7 +466,8 @@ def _serve(options: argparse.Namespace) -> int:
 
     settings = read_config(options.config) if options.config else Options()
     names = ("qmp", "name", "workers", "cluster_size", "slots", "state_dir", "detach_jobs", "log_level")
-    given = {name: getattr(options, name) for name in names}
+    nbd = ("nbd_listen", "nbd_tls", "nbd_tls_authority")
+    given = {name: getattr(options, name) for name in (*names, *nbd)}
     serve(settings.over({**given, "images": [*options.images, *options.named]}))
     return 0
 

@@ -11,14 +11,12 @@ import signal
 import sys
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 from .errors import CoordinatorRunningError
 from .reader import SnapshotReader, open_snapshot
 
 if TYPE_CHECKING:
     from .workers import Coordinator
-    from .workers.nbd.server import Server
 
 _PIECE_BYTES = 1 << 20
 
@@ -101,38 +99,22 @@ def _stream(reader: SnapshotReader) -> None:
 
 
 def _serve(options: argparse.Namespace, snapshot: int | str | None, stack: ExitStack) -> None:
+    from .workers.nbd.address import Address
+    from .workers.nbd.server import Server
     from .workers.nbd.specification import ExportSpec, Tls
 
     tls = None
     if options.tls is not None:
         certificate, key = options.tls
         tls = Tls(certificate, key, options.tls_authority)
-    server, uri = _listen(options, tls, stack)
+    listener, address = Address.parse(options.listen or f"unix:{options.image}.nbd").listen()
+    path = address.path or None
+    server = stack.enter_context(Server(listener, path=path, tls=tls, processes=options.processes))
     server.add(ExportSpec(options.name, os.path.abspath(options.image), snapshot, not options.read_only))
-    print(f"shmcbw export: serving {uri}", file=sys.stderr, flush=True)
+    print(f"shmcbw export: serving {address.uri(options.name, encrypted=tls is not None)}", file=sys.stderr, flush=True)
     try:
         while True:
             signal.pause()
     except KeyboardInterrupt:
         # The way to end it.
         pass
-
-
-def _listen(options: argparse.Namespace, tls: Any, stack: ExitStack) -> tuple[Server, str]:
-    """The server and its URI."""
-    from .workers.nbd.server import Server, listen_tcp, listen_unix
-
-    scheme = "nbds" if tls is not None else "nbd"
-    name = quote(options.name)
-    address = options.listen or f"unix:{options.image}.nbd"
-    kind, _, where = address.partition(":")
-    if kind == "unix" and where:
-        path = os.path.abspath(where)
-        server = Server(listen_unix(path), path=path, tls=tls, processes=options.processes)
-        return stack.enter_context(server), f"{scheme}+unix:///{name}?socket={quote(path)}"
-    host, _, port = where.rpartition(":")
-    if kind != "tcp" or not port.isdigit():
-        raise ValueError(f"--listen {address}: neither unix:PATH nor tcp:HOST:PORT")
-    server = Server(listen_tcp(host.strip("[]") or "localhost", int(port)), tls=tls, processes=options.processes)
-    found = server.address
-    return stack.enter_context(server), f"{scheme}://{host or 'localhost'}:{found[1]}/{name}"

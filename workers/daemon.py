@@ -25,11 +25,15 @@ from shmcbw.segment import COORDINATOR, attach_named, has_journal, identities
 from shmcbw.snapshots import state_of
 
 from .coordinator import Coordinator
+from .exports import Exports
 from .job_states import CONCLUDED, NULL
-from .nodes import Graph
+from .nbd.address import Address
+from .nbd.specification import Tls
+from .nodes import Exported, Graph
 from .qmp import (
     backup_commands,
     bitmap_commands,
+    export_commands,
     general,
     job_commands,
     node_commands,
@@ -52,6 +56,7 @@ SUBJECTS = (
     transaction,
     own_commands,
     resize_command,
+    export_commands,
 )
 
 
@@ -62,7 +67,8 @@ class Daemon:
         self._options = options
         self._path = os.path.abspath(options.qmp or os.path.join(runtime_directory(), "qmp.sock"))
         self._graph = Graph(self._serve)
-        self._desk = Desk(self._graph, options.name, self._stop_soon)
+        self._exports = Exports(self._graph, lambda name: self._server.post("BLOCK_EXPORT_DELETED", {"id": name}))
+        self._desk = Desk(self._graph, self._exports, options.name, self._stop_soon)
         for subject in SUBJECTS:
             self._desk.learn(subject.HANDLERS)
         self._server = Server(self._path, f"shmcbw {__version__}", self._desk.execute)
@@ -93,8 +99,11 @@ class Daemon:
                 self._server.post("SHUTDOWN", {"guest": False, "reason": self._reason})
             detach = self._options.detach_jobs and self._reason != ""
             async with self._server.ending():
-                close = functools.partial(self._graph.close, detach=detach)
-                self.detached = await loop.run_in_executor(None, close)
+                self.detached = await loop.run_in_executor(None, self._close, detach)
+
+    def _close(self, detach: bool) -> bool:
+        self._exports.close()
+        return self._graph.close(detach=detach)
 
     def _serve_images(self) -> None:
         for image in self._options.images:
@@ -104,7 +113,24 @@ class Daemon:
         for path in left_behind(self._path):
             log.info("%s was served by a daemon that died: served again", path)
             self._graph.serve_again(path)
+        if self._options.nbd_listen is not None:
+            self._export_images(self._options.nbd_listen)
+        self._exports.restore()
         self._graph.store()
+
+    def _export_images(self, listen: str) -> None:
+        """The images of the command line over NBD, each by its node's name."""
+        files, tls = self._options.nbd_tls, None
+        if files is not None:
+            certificate, key = files
+            tls = Tls(certificate, key, self._options.nbd_tls_authority)
+        address = self._exports.start(Address.parse(listen), tls=tls)
+        for served, _ in self._graph.coordinators():
+            if served.device:
+                self._exports.add(Exported(served.node.name, served.node, writable=True, kept=False))
+                log.info(
+                    "%s is exported as %s", served.coordinator.path, address.uri(served.node.name, encrypted=bool(tls))
+                )
 
     def _served_text(self) -> str:
         names = [f"{served.coordinator.path} as {served.node.name}" for served, _ in self._graph.coordinators()]

@@ -24,6 +24,7 @@ from shmcbw.image import Identity, ImageFile
 from shmcbw.layout import Slot
 from shmcbw.segment import slot_byte
 
+from .bitmaps import Bitmaps
 from .coordinator import Coordinator, CoordinatorSnapshot
 from .job_states import CONCLUDED, NULL
 from .qmp.schema import QMPError
@@ -131,6 +132,49 @@ class JobNodes:
     filter_name: str | None = None
 
 
+class Exported:
+    """An NBD export of a node (`exports.py`).  ``bitmaps``: pairs of a node's name, or None for its own, and a name."""
+
+    def __init__(
+        self,
+        export_id: str,
+        node: Node,
+        *,
+        name: str = "",
+        writable: bool = False,
+        bitmaps: tuple[tuple[str | None, str], ...] = (),
+        description: str = "",
+        writethrough: bool = False,
+        kept: bool = True,
+    ) -> None:
+        """``name``: default the node's.  ``kept``: a restarted daemon is to serve it again."""
+        self.id = export_id
+        self.node = node
+        self.name = name or node.name
+        self.writable = writable
+        self.bitmaps = bitmaps
+        self.description = description
+        self.writethrough = writethrough
+        self.kept = kept
+        self.shutting_down = False
+        #: Where the server listens.
+        self.listening: dict[str, Any] = {}
+        #: Bitmaps that it has, and as which user.
+        self.held: list[tuple[Bitmaps, str]] = []
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "node": self.node.name,
+            "name": self.name,
+            "writable": self.writable,
+            "bitmaps": [list(each) for each in self.bitmaps],
+            "description": self.description,
+            "writethrough": self.writethrough,
+            "listening": self.listening,
+        }
+
+
 class Served:
     """An image with its coordinator, and the node that it was first served by: bitmaps are shown there."""
 
@@ -157,6 +201,9 @@ class Graph:
         self._serve = serve
         self.nodes: dict[str, Node] = {}
         self.served: dict[Identity, Served] = {}
+        self.exports: dict[str, Exported] = {}
+        #: What journals say of exports of a daemon that died, until they are served again.
+        self.exports_found: list[Exported] = []
         self._jobs: dict[str, JobNodes] = {}
         self._next_auto = 1
 
@@ -205,7 +252,8 @@ class Graph:
         jobs = self._live_jobs()
         if self.is_target(node):
             raise busy(node)
-        if name in {job.filter_name for job in jobs} or self._has_writers(node):
+        exported = any(export.node is node for export in self.exports.values())
+        if name in {job.filter_name for job in jobs} or exported or self._has_writers(node):
             raise QMPError(f"Node {name} is in use")
         if not node.owned:
             raise QMPError(f"Node {name} is not owned by the monitor")
@@ -381,18 +429,22 @@ class Graph:
         """Write to the journal of each served image which nodes it has, if that has changed.
 
         Those that name the image, its snapshots and their readers, and the targets of snapshots and jobs; nothing where
-        there is neither snapshot nor job nor bitmap, for a journal that says something keeps the segment.  A node that
+        there is no snapshot, job, bitmap or export, for a journal that says something keeps the segment.  A node that
         only names a file is forgotten with the daemon.
         """
         for identity, served in list(self.served.items()):
             nodes: dict[str, Any] = {}
-            if served.needed():
+            exports = [
+                each for each in self.exports.values() if each.kept and self._belongs(each.node, served, identity)
+            ]
+            if served.needed() or exports:
                 kept = [node for node in self.nodes.values() if self._belongs(node, served, identity)]
                 jobs = [job for job in self._live_jobs() if job.source in kept]
                 nodes = {
                     "served": served.node.name,
                     "nodes": [_to_json(node) for node in kept],
                     "jobs": {job.job_id: [job.source.name, job.target.name, job.filter_name] for job in jobs},
+                    "exports": [export.to_json() for export in exports],
                 }
             _store(served, nodes)
 
@@ -426,11 +478,32 @@ class Graph:
                 self.stand(JobNodes(job_id, self.nodes[source], self.nodes[target], filter_name))
             except (KeyError, TypeError, ValueError, QMPError) as error:
                 log.warning("the nodes of job %s are dropped: %s", job_id, error)
+        self._find_exports(served)
         named = {id(node.snapshot) for node in self.nodes.values() if isinstance(node, SnapshotNode)}
         for snapshot in served.coordinator.snapshots:
             if id(snapshot) not in named:
                 log.info("a snapshot of %s that nobody was told of is dropped", served.coordinator.path)
                 snapshot.close()
+
+    def _find_exports(self, served: Served) -> None:
+        entries = served.coordinator.journal.document["nodes"].get("exports", [])
+        for entry in entries if isinstance(entries, list) else []:
+            try:
+                bitmaps = tuple((node if node is None else str(node), str(name)) for node, name in entry["bitmaps"])
+                export = Exported(
+                    str(entry["id"]),
+                    self.nodes[str(entry["node"])],
+                    name=str(entry["name"]),
+                    writable=bool(entry["writable"]),
+                    bitmaps=bitmaps,
+                    description=str(entry["description"]),
+                    writethrough=bool(entry["writethrough"]),
+                )
+                export.listening = dict(entry["listening"])
+            except (KeyError, TypeError, ValueError) as error:
+                log.warning("an export in the journal of %s is dropped: %s", served.coordinator.path, error)
+            else:
+                self.exports_found.append(export)
 
     def _restore_node(self, served: Served, entry: dict[str, Any]) -> None:
         name, driver, owned = str(entry["name"]), str(entry["driver"]), bool(entry["owned"])

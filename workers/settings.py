@@ -72,6 +72,9 @@ class Options:
     slots: int | None = None
     state_dir: str | None = None
     detach_jobs: bool = False
+    nbd_listen: str | None = None
+    nbd_tls: tuple[str, str] | None = None
+    nbd_tls_authority: str | None = None
     log_level: str = "info"
 
     def over(self, given: dict[str, Any]) -> Options:
@@ -119,6 +122,10 @@ def _checked(key: str, value: Any) -> Any:
         if type(value) is not bool:
             raise ValueError(f"{value!r} is neither true nor false")
         return value
+    if key == "nbd-tls":
+        if not isinstance(value, list) or len(value) != 2:
+            raise ValueError(f"{value!r} is not a certificate and a key")
+        return tuple(map(str, value))
     if not isinstance(value, str):
         raise ValueError(f"{value!r} is not a text")
     if key == "log-level" and value not in LOG_LEVELS:

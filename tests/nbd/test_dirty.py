@@ -16,7 +16,8 @@ from shmcbw.errors import BitmapError
 from shmcbw.layout import Header
 from shmcbw.workers import Coordinator
 from shmcbw.workers.nbd import wire
-from shmcbw.workers.nbd.server import Server, listen_unix
+from shmcbw.workers.nbd.address import listen_unix
+from shmcbw.workers.nbd.server import Server
 from shmcbw.workers.nbd.specification import ExportSpec
 from tests.conftest import wait_for
 from tests.nbd.client import Client

@@ -15,7 +15,8 @@ import shmcbw
 from shmcbw.invariants import check
 from shmcbw.workers import Coordinator
 from shmcbw.workers.nbd import wire
-from shmcbw.workers.nbd.server import ExportInUseError, Server, listen_unix
+from shmcbw.workers.nbd.address import listen_unix
+from shmcbw.workers.nbd.server import ExportInUseError, Server
 from shmcbw.workers.nbd.specification import ExportSpec
 from tests.conftest import wait_for
 from tests.nbd.client import Client

@@ -12,7 +12,8 @@ import pytest
 
 import shmcbw
 from shmcbw.workers import Coordinator
-from shmcbw.workers.nbd.server import Server, listen_tcp, listen_unix
+from shmcbw.workers.nbd.address import listen_tcp, listen_unix
+from shmcbw.workers.nbd.server import Server
 from shmcbw.workers.nbd.specification import ExportSpec, Tls
 from tests.processes import running, write_pairs_forever
 

@@ -10,7 +10,6 @@ another process with the same exports.  The parent killed?  Its processes end wi
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -36,50 +35,10 @@ ANSWER_LIMIT_S = 20.0
 STOP_LIMIT_S = 5.0
 #: A client is sent away if no process has taken it by then.
 HAND_OVER_LIMIT_S = 5.0
-_LISTEN_BACKLOG = 128
 
 
 class ExportInUseError(ShmcbwError):
     """Clients are connected to the export; remove it the hard way to cut them off."""
-
-
-def listen_unix(path: str) -> socket.socket:
-    """A listening unix socket, mode 0600; one that nobody listens on any more is replaced."""
-    sock = socket.socket(socket.AF_UNIX)
-    # The mode from the beginning: nobody may connect before a chmod.
-    before = os.umask(0o177)
-    try:
-        try:
-            sock.bind(path)
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE or _somebody_listens(path):
-                raise OSError(error.errno, f"{path}: can't listen: {error.strerror}") from None
-            os.unlink(path)
-            sock.bind(path)
-    except BaseException:
-        sock.close()
-        raise
-    finally:
-        os.umask(before)
-    sock.listen(_LISTEN_BACKLOG)
-    return sock
-
-
-def _somebody_listens(path: str) -> bool:
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            return False
-        except OSError:
-            return True
-    return True
-
-
-def listen_tcp(host: str, port: int) -> socket.socket:
-    """A listening TCP socket; port 0 takes any."""
-    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    return socket.create_server(address, family=family, backlog=_LISTEN_BACKLOG)
 
 
 class _Child:

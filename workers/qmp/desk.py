@@ -13,6 +13,7 @@ from typing import Any
 from shmcbw.errors import ShmcbwError
 
 from ..coordinator import Coordinator
+from ..exports import Exports
 from ..jobs import Job
 from ..nodes import Graph, Served
 from .schema import QMPError
@@ -27,8 +28,9 @@ Handler = Callable[["Desk", Arguments], Any]
 class Desk:
     """The daemon's nodes, its name, and the way to end it."""
 
-    def __init__(self, graph: Graph, name: str | None, stop: Callable[[str], None]) -> None:
+    def __init__(self, graph: Graph, exports: Exports, name: str | None, stop: Callable[[str], None]) -> None:
         self.graph = graph
+        self.exports = exports
         self.name = name
         #: Called with a reason: the daemon begins to end.
         self.stop = stop

@@ -244,6 +244,63 @@ TRANSACTION_PROPERTIES = Object(
     "TransactionProperties", optional("completion-mode", COMPLETION_MODE, "default individual")
 )
 
+EXPORT_TYPE = Enum("BlockExportType", "nbd")
+EXPORT_OPTIONS = Object(
+    "BlockExportOptions",
+    Member("type", EXPORT_TYPE),
+    Member("id", STRING, "begins with a letter, then letters, digits, `-`, `.`, `_`"),
+    Member("node-name", STRING, "an image, or a snapshot-access node"),
+    optional("writable", BOOLEAN, "of a snapshot: discards only, which let go of what was read"),
+    optional("writethrough", BOOLEAN, "each write is on the disk before it is answered"),
+    tag="type",
+    variants={
+        "nbd": Object(
+            "BlockExportOptionsNbd",
+            optional("name", STRING, "default the node's name"),
+            optional("description", STRING),
+            optional("bitmaps", List(BITMAP_OR_NAME), "shown as qemu:dirty-bitmap:NAME, and in use meanwhile"),
+        )
+    },
+)
+EXPORT_INFO = Object(
+    "BlockExportInfo",
+    Member("id", STRING),
+    Member("type", EXPORT_TYPE),
+    Member("node-name", STRING),
+    Member("shutting-down", BOOLEAN),
+)
+SOCKET_ADDRESS = Object(
+    "SocketAddressLegacy",
+    Member("type", Enum("SocketAddressType", "inet", "unix")),
+    tag="type",
+    variants={
+        "inet": _wrapped(
+            Object(
+                "InetSocketAddress",
+                Member("host", STRING, "empty: this machine only"),
+                Member("port", STRING, "a number; 0 takes any"),
+            )
+        ),
+        "unix": _wrapped(Object("UnixSocketAddress", Member("path", STRING))),
+    },
+)
+OBJECT_OPTIONS = Object(
+    "ObjectOptions",
+    Member("qom-type", Enum("ObjectType", "tls-creds-x509")),
+    Member("id", STRING),
+    tag="qom-type",
+    variants={
+        "tls-creds-x509": Object(
+            "TlsCredsX509Properties",
+            optional("verify-peer", BOOLEAN, "clients must show a certificate; default true"),
+            optional("dir", STRING, "of server-cert.pem, server-key.pem and, to verify, ca-cert.pem"),
+            optional(
+                "endpoint", Enum("QCryptoTLSCredsEndpoint", "client", "server"), "default client, which is refused"
+            ),
+        )
+    },
+)
+
 WAIT_BUCKET = Object(
     "ShmcbwWaitBucket",
     Member("below-ns", INTEGER, "waits shorter than this, and not in an earlier one"),
@@ -364,6 +421,24 @@ COMMANDS = (
         optional("properties", TRANSACTION_PROPERTIES),
     ),
     Command(
+        "nbd-server-start",
+        "Listens for NBD clients.",
+        Member("addr", SOCKET_ADDRESS),
+        optional("tls-creds", STRING, "id of a tls-creds-x509 object: everything is encrypted"),
+        optional("max-connections", UINT32, "clients at once, more of them wait; 0: no limit"),
+    ),
+    Command("nbd-server-stop", "Ends all exports, and listens no more."),
+    Command("block-export-add", "Serves a node over NBD; restarted, the daemon serves it again.", takes=EXPORT_OPTIONS),
+    Command(
+        "block-export-del",
+        "Ends an export.",
+        Member("id", STRING),
+        optional("mode", Enum("BlockExportRemoveMode", "safe", "hard"), "default safe: refused while clients use it"),
+    ),
+    Command("query-block-exports", "All exports, the youngest first.", gives=List(EXPORT_INFO), alters=False),
+    Command("object-add", "Names certificates for nbd-server-start.", takes=OBJECT_OPTIONS),
+    Command("object-del", "Forgets them; a server that runs keeps what it has.", Member("id", STRING)),
+    Command(
         "x-shmcbw-backup",
         "Backups by path, with one cut for all; the command line's. Such jobs stay, the last 100 of them.",
         Member("backups", List(SHMCBW_BACKUP)),
@@ -465,6 +540,7 @@ EVENTS = (
         Member("offset", INTEGER, "bytes: where the first failure was"),
         Member("time", NUMBER, "seconds since 1970"),
     ),
+    Event("BLOCK_EXPORT_DELETED", "An export has ended, and its clients are gone.", Member("id", STRING)),
     Event("SHUTDOWN", "The daemon ends.", Member("guest", BOOLEAN), Member("reason", STRING)),
 )
 
