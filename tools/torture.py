@@ -30,12 +30,14 @@ if not __package__:
 
 from tools.torturing import plan
 from tools.torturing.evidence import Evidence
-from tools.torturing.figures import Figures, lines
+from tools.torturing.figures import Figures, lines, never_happened
 from tools.torturing.place import Place
 from tools.torturing.storm import Interrupted, Storm
 from tools.torturing.watch import SHM
 
 PROGRESS_S = 5.0
+#: A run that is as long must have played everything.
+PLAYED_S = 60.0
 #: What rounds in memory may need at most.
 MEMORY_BYTES = 4 << 30
 
@@ -113,6 +115,7 @@ def _play(options: argparse.Namespace, interrupt: _Interrupt, places: Sequence[P
                 seed,
                 images=options.images,
                 writers=options.writers,
+                readers=options.readers,
                 workers=options.workers,
                 size_bytes=options.size << 20,
                 cbw_timeout_s=options.cbw_timeout,
@@ -153,11 +156,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, help="of all random decisions (default: random, and printed)")
     parser.add_argument("--images", type=int, default=2, help="images at once, each with a coordinator")
     parser.add_argument("--writers", type=int, default=2, help="writer processes of each image")
+    parser.add_argument("--readers", type=int, default=1, help="processes that read snapshots of each image")
     parser.add_argument("--workers", type=int, default=2, help="copy workers of each image")
     parser.add_argument("--size", type=int, default=6, metavar="MIB", help="of each image")
     parser.add_argument("--rate", type=float, default=8, help="kills, stops and restarts a second")
     parser.add_argument("--round", type=float, default=20, metavar="SECONDS", help="how long one set of images lasts")
-    parser.add_argument("--cbw-timeout", type=float, default=5, metavar="SECONDS", help="what a write may wait")
+    parser.add_argument(
+        "--cbw-timeout", type=float, default=5, metavar="SECONDS", help="what a write may wait; on some images less"
+    )
     parser.add_argument(
         "--directory", type=Path, help="where the images are (default: the temporary directory and memory, in turn)"
     )
@@ -170,7 +176,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.seed is None:
         options.seed = random.SystemRandom().randrange(1, 1 << 31)
-    for name in ("seconds", "images", "writers", "workers", "size", "rate", "round", "cbw_timeout"):
+    for name in ("seconds", "images", "writers", "readers", "workers", "size", "rate", "round", "cbw_timeout"):
         if getattr(options, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} must be above 0")
     return options
@@ -181,6 +187,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     interrupt = _Interrupt()
     started = time.monotonic()
     figures = judge_again(options.judge) if options.judge is not None else torture(options, interrupt)
+    if options.judge is None and options.seconds >= PLAYED_S and not interrupt():
+        for name in never_happened(figures):
+            figures.fail("error", "the whole run", f"{name}: not once in {options.seconds:.0f} s")
     if options.json:
         print(json.dumps({"seed": options.seed, "took_s": round(time.monotonic() - started, 3), **figures.as_dict()}))
     else:

@@ -1,6 +1,7 @@
 """The torture: everything is done to images at random while everybody is killed and stopped; then the logs decide.
 
     driver ── nursery ──┬── writer processes        one log each, a new incarnation for each one killed
+       │                ├── reader processes        open snapshots from outside
        │                └── coordinator processes   one at a time per image; they start the copy workers
        └── watch: reads control segments, never writes them
 
@@ -8,6 +9,7 @@
 ``place.py``        where a round keeps its files
 ``nursery.py``      forks children from one process that has everything imported, tells of their end
 ``writer.py``       the role: random writes, zeroes, discards, all stamped and logged
+``reader.py``       the role: reads snapshots, and discards parts of them, from any process
 ``coordinator.py``  the role: cuts, backups, snapshot reads, discards, cancels; an adopted one goes on
 ``watch.py``        what can be seen from outside: pids, marks, who is reaped, what is left over
 ``crew.py``         coordinator and writers of an image, kept alive; who hangs

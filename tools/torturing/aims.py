@@ -17,7 +17,7 @@ from tools.torturing import plan, watch
 from tools.torturing.crew import Crew
 from tools.torturing.nursery import Child
 from tools.torturing.place import CLOSE_NOW, CLOSING, CUTTING, DROPPING, STARTING
-from tools.torturing.plan import COORDINATOR, WRITER, Decision
+from tools.torturing.plan import COORDINATOR, READER, WRITER, Decision
 
 #: For the moment aimed at; then any moment is good.
 AIM_LIMIT_S = 0.4
@@ -78,17 +78,24 @@ class Aims:
         crew.watch.follow()
         if decision.role == WRITER:
             self._act_on_writer(crew, decision)
+        elif decision.role == READER:
+            child = crew.readers.get(decision.number % crew.plan.readers)
+            if child is not None:
+                self._strike(crew, child, decision)
         elif decision.role == plan.WORKER:
             self._act_on_worker(crew, decision)
         elif decision.role == COORDINATOR:
             self._act_on_coordinator(crew, decision)
+        elif decision.act == plan.STOP:
+            for pid in crew.watch.worker_pids():
+                self._hold_worker(crew, pid, decision.hold_s)
         else:
             for pid in crew.watch.worker_pids():
                 crew.kill_worker(pid)
             if decision.role in (plan.CREW, plan.ALL) and crew.coordinator is not None:
                 crew.kill(crew.coordinator)
             if decision.role == plan.ALL:
-                for child in crew.writers.values():
+                for child in (*crew.writers.values(), *crew.readers.values()):
                     crew.kill(child)
 
     def _act_on_writer(self, crew: Crew, decision: Decision) -> None:
@@ -111,14 +118,19 @@ class Aims:
             self._kill_orphan(crew, pid, crew.coordinator, time.monotonic() + ORPHAN_LIMIT_S)
         elif decision.act == plan.KILL:
             crew.kill_worker(pid)
-        elif watch.signal_pid(pid, signal.SIGSTOP):
-            crew.figures.counts["stops.worker"] += 1
+        else:
+            self._hold_worker(crew, pid, decision.hold_s)
 
-            def proceed() -> None:
-                if crew.watch.is_worker(pid):
-                    watch.signal_pid(pid, signal.SIGCONT)
+    def _hold_worker(self, crew: Crew, pid: int, hold_s: float) -> None:
+        if not crew.watch.is_worker(pid) or not watch.signal_pid(pid, signal.SIGSTOP):
+            return
+        crew.figures.counts["stops.worker"] += 1
 
-            self._at(decision.hold_s, proceed)
+        def proceed() -> None:
+            if crew.watch.is_worker(pid):
+                watch.signal_pid(pid, signal.SIGCONT)
+
+        self._at(hold_s, proceed)
 
     def _kill_orphan(self, crew: Crew, pid: int, dead: Child, until: float) -> None:
         """Kill a stopped worker of a dead coordinator as soon as the next one serves."""

@@ -4,7 +4,7 @@ An incarnation that comes after a killed one finds the jobs and snapshots of tha
 is told to the log of events, what begins before it begins, what has ended after that; nothing is judged here but what
 only this process can see: errors that no caller should meet, jobs that hang, violated invariants.
 
-The main thread acts; a second one reads snapshots meanwhile.
+The main thread acts; a second one reads snapshots meanwhile, as readers in processes of their own do.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from shmcbw.errors import (
     CutAbandonedError,
     ShmcbwError,
     SnapshotBrokenError,
-    SnapshotInaccessibleError,
 )
 from shmcbw.workers import Coordinator, CoordinatorSnapshot, Job
 from tools.torturing.place import (
@@ -39,7 +38,8 @@ from tools.torturing.place import (
     Place,
     SharedByte,
 )
-from tools.torturing.plan import ImagePlan
+from tools.torturing.plan import COORDINATOR, ImagePlan
+from tools.torturing.reader import COPIES_MAX, copy_snapshot
 
 JOBS_MAX = 2
 SNAPSHOTS_MAX = 2
@@ -47,7 +47,6 @@ SNAPSHOTS_MAX = 2
 JOB_LIMIT_S = 12.0
 #: A sync takes what the disk takes.
 SYNC_LIMIT_S = 30.0
-COPIES_MAX = 200
 TRIES_S = 2.0
 
 ACTS = ("backup", "snapshot", "drop", "discard", "cancel", "speed", "status", "check", "rest")
@@ -62,13 +61,13 @@ class Role:
         self.place = place
         self.incarnation = incarnation
         self.chance = random.Random(f"{self.plan.seed} coordinator {incarnation}")
-        self.events = EventWriter(place.events(incarnation))
+        self.events = EventWriter(place.events(COORDINATOR, 0, incarnation))
         self.stage = SharedByte(place.stage)
         self.orders = SharedByte(place.orders)
         self.parent = os.getppid()
         self.count = 0
         self.reads = 0
-        self.copies = len(os.listdir(place.targets)) + len(os.listdir(place.reads))
+        self.copies = len(os.listdir(place.targets)) + place.count_reads("read")
         self.running: dict[str, Job] = {}
         self.unlimited_s: dict[str, float] = {}
         self.hanging: set[str] = set()
@@ -325,49 +324,17 @@ class Role:
                     self._read(name, self.snapshots[name])
 
     def _read(self, name: str, snapshot: CoordinatorSnapshot) -> None:
-        """Read a whole snapshot into a file, piece by piece; holes where it is inaccessible."""
+        """Read a whole snapshot into a file."""
         self.reads += 1
         copy = f"{name}.read-{self.incarnation}-{self.reads}"
-        path = self.place.reads / copy
-        inaccessible: list[tuple[int, int]] = []
-        size, cluster = snapshot.size_bytes, self.plan.cluster_size
-        chance = random.Random(f"{self.plan.seed} {copy}")
-        started_ns = time.monotonic_ns()
         try:
-            with path.open("wb", buffering=0) as file:
-                file.truncate(size)
-                offset = 0
-                while offset < size:
-                    length = min(chance.randint(1, 8) * cluster, size - offset)
-                    self._read_piece(snapshot, file.fileno(), offset, length, inaccessible)
-                    offset += length
+            copy_snapshot(self.place, self.plan, self.events, snapshot, name, copy)
         except SnapshotBrokenError as error:
             self._say_broken(name, error)
         except ClosedError:
             raise AssertionError(f"{name} is closed, and nobody has closed it") from None
         else:
             self.copies += 1
-            self.events.write("read", name=name, copy=copy, inaccessible=inaccessible, started_ns=started_ns)
-            return
-        path.unlink()
-
-    def _read_piece(
-        self, snapshot: CoordinatorSnapshot, fd: int, offset: int, length: int, inaccessible: list[tuple[int, int]]
-    ) -> None:
-        try:
-            data = snapshot.pread(length, offset)
-        except SnapshotInaccessibleError:
-            cluster = self.plan.cluster_size
-            if length > cluster:
-                for at in range(offset, offset + length, cluster):
-                    self._read_piece(snapshot, fd, at, min(cluster, offset + length - at), inaccessible)
-            else:
-                inaccessible.append((offset, offset + length))
-            return
-        if "blind" in self.plan.sabotage:
-            with self.place.image.open("rb", buffering=0) as file:
-                data = os.pread(file.fileno(), length, offset)
-        os.pwrite(fd, data, offset)
 
     def _say_broken(self, name: str, error: SnapshotBrokenError) -> None:
         if name not in self.broken:

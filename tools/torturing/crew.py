@@ -1,8 +1,8 @@
-"""The crew of one image: its coordinator and its writers, kept alive by the driver, and what it sees of them.
+"""The crew of one image: its coordinator, writers and readers, kept alive by the driver, and what it sees of them.
 
 Whoever dies is started again at once, as a supervisor like systemd would, and nothing else is ever done for them.
 A writer hangs when it has logged nothing for longer than its deadline and 2 s, its own stops not counted; before its
-first write only while a coordinator serves.
+first write only while a coordinator serves.  A reader hangs when it has told nothing for 5 s and these 2 s.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from tools.torturing.evidence import Fate
 from tools.torturing.figures import Figures
 from tools.torturing.nursery import Child, Nursery
 from tools.torturing.place import GO_ON, STARTING, EventReader, Place, SharedByte
-from tools.torturing.plan import COORDINATOR, WRITER, ImagePlan
+from tools.torturing.plan import COORDINATOR, READER, WRITER, ImagePlan
 from tools.torturing.stalls import Stalls
 from tools.torturing.watch import Death, Watch
 
 HANG_SLACK_S = 2.0
+READ_LIMIT_S = 5.0
 #: A coordinator must serve by then, if it is not killed.
 START_LIMIT_S = 15.0
 FAILED_STARTS_MAX = 8
@@ -30,7 +31,7 @@ REAP_LIMIT_NS = 1_000_000_000
 
 
 class Crew:
-    """The coordinator and the writers of one image."""
+    """The coordinator, the writers and the readers of one image."""
 
     def __init__(self, place: Place, image_plan: ImagePlan, nursery: Nursery, figures: Figures, stalls: Stalls) -> None:
         self.place = place
@@ -52,9 +53,11 @@ class Crew:
         self.failed_starts = 0
         self.events: EventReader | None = None
         self.writers: dict[int, Child] = {}
+        self.readers: dict[int, Child] = {}
         self.sizes: dict[int, int] = {}
         self.progress_ns: dict[int, int] = {}
         self.wrote: dict[int, bool] = {}
+        #: Numbers of writers, pids of readers.
         self.hung: set[int] = set()
         self.deaths: list[Death] = []
         self.kept_up = True
@@ -69,7 +72,7 @@ class Crew:
         self.orders.value = GO_ON
         self.stage.value = STARTING
         self.coordinator = self.nursery.start(COORDINATOR, self.place, 0, self.incarnations)
-        self.events = EventReader(self.place.events(self.incarnations))
+        self.events = EventReader(self.place.events(COORDINATOR, 0, self.incarnations))
         self.incarnations += 1
         self.children.append(self.coordinator)
 
@@ -81,6 +84,11 @@ class Crew:
         self.progress_ns[number] = time.monotonic_ns()
         self.wrote[number] = False
         self.hung.discard(number)
+
+    def start_reader(self, number: int) -> None:
+        incarnation = sum(child.role == READER and child.number == number for child in self.children)
+        self.readers[number] = self.nursery.start(READER, self.place, number, incarnation)
+        self.children.append(self.readers[number])
 
     # -- looking ---------------------------------------------------------------------------------------------------
 
@@ -99,6 +107,14 @@ class Crew:
                     self.start_writer(number)
                 else:
                     del self.writers[number]
+        for number, child in list(self.readers.items()):
+            if self.nursery.died(child):
+                if child.killed_ns is None and (child.status != 0 or not self.stop.value):
+                    self.fail("error", f"{child} ended, status {child.status}: {self.said(child)}")
+                if self.kept_up:
+                    self.start_reader(number)
+                else:
+                    del self.readers[number]
 
     def _coordinator_died(self, child: Child) -> None:
         if child.killed_ns is None and child.status != 0:
@@ -132,6 +148,8 @@ class Crew:
         self.watch.follow()
         for number, child in self.writers.items():
             self._look_at_writer(number, child, now_ns)
+        for child in self.readers.values():
+            self._look_at_reader(child, now_ns)
         if self.ready_ns is None and self.coordinator is not None:
             since = max(self.unready_since_ns, self.coordinator.started_ns)
             late = self._waited_ns(self.coordinator, since, now_ns) > START_LIMIT_S * 1e9
@@ -160,6 +178,15 @@ class Crew:
         if waits_ns > (self.plan.cbw_timeout_s + HANG_SLACK_S) * 1e9 and number not in self.hung and child.alive:
             self.hung.add(number)
             self.tell_hang(child, f"no progress for {waits_ns / 1e9:.1f} s")
+
+    def _look_at_reader(self, child: Child, now_ns: int) -> None:
+        path = self.place.events(READER, child.number, child.incarnation)
+        # The clock of file times is another one.
+        silent_ns = int((time.time() - path.stat().st_mtime) * 1e9) if path.exists() else now_ns - child.started_ns
+        waits_ns = self._waited_ns(child, now_ns - silent_ns, now_ns)
+        if child.alive and child.pid not in self.hung and waits_ns > (READ_LIMIT_S + HANG_SLACK_S) * 1e9:
+            self.hung.add(child.pid)
+            self.tell_hang(child, f"has told nothing for {waits_ns / 1e9:.1f} s")
 
     def _waited_ns(self, child: Child, since_ns: int, now_ns: int) -> int:
         """How long a child had, without its stops and without the time in which the machine stood still."""
@@ -195,6 +222,7 @@ class Crew:
                 self.deaths.remove(death)
                 self.figures.counts["reaps.in time" if took_ns <= REAP_LIMIT_NS else "reaps.late"] += 1
                 self.figures.at_least(f"reap_{death.role}", took_ns)
+                self.figures.at_least("reap_raw", now_ns - death.dead_ns)
                 if not reaped:
                     what = self.watch.describe(death)
                     self.fail("leak", f"pid {death.pid}, {what}, is not reaped after {took_ns / 1e9:.1f} s")
@@ -216,7 +244,7 @@ class Crew:
     @property
     def recovered(self) -> bool:
         """Whether everybody who should be there serves or writes; a death that is not noticed yet is one."""
-        crew = [*self.writers.values(), self.coordinator]
+        crew = [*self.writers.values(), *self.readers.values(), self.coordinator]
         return (
             self.ready_ns is not None
             and all(child is not None and child.killed_ns is None for child in crew)

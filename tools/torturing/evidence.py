@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shmcbw.clusters import inward
-from shmcbw.workers.stamps import NEVER_NS, Log
+from shmcbw.workers.stamps import NEVER_NS, ZERO, Log
 from tools.torturing.figures import Figures
 from tools.torturing.judge import History, Interval, Judgement, judge
 from tools.torturing.place import EventReader, Place
-from tools.torturing.plan import WRITER, ImagePlan
+from tools.torturing.plan import COORDINATOR, READER, WRITER, ImagePlan
 from tools.torturing.stalls import Stalls
 
 ETIMEDOUT = 110
@@ -27,6 +27,8 @@ DELAY_NS = 1_000_000_000
 STRAYS_MAX = 3
 #: A job that is late is excused if the machine stood still for a quarter of this.
 STALL_SPAN_NS = 12_000_000_000
+#: A search for a snapshot that began before it was there says nothing.
+SEARCH_NS = 500_000_000
 
 
 @dataclass
@@ -52,6 +54,7 @@ class Taken:
     cut: Interval
     sure: bool = False  # the call has returned
     cancelled: bool = False  # by somebody, or dropped, or the coordinator was closed
+    ended_ns: int = NEVER_NS  # when somebody began to cancel, drop or close it
     given_up: bool = False
     concluded: bool = False
     error: str | None = None
@@ -92,9 +95,10 @@ class Evidence:
     def judge(self) -> Figures:
         """All of it."""
         self._judge_waits()
-        for fate in self.fates:
-            if fate.role != WRITER:
-                self._replay(fate)
+        for role in (COORDINATOR, READER):
+            for fate in self.fates:
+                if fate.role == role:
+                    self._replay(fate)
         for taken in self.taken.values():
             self._judge_taken(taken)
         self._judge_image()
@@ -112,6 +116,7 @@ class Evidence:
             fates = {fate.incarnation: fate for fate in self.fates if (fate.role, fate.number) == (WRITER, writer)}
             log = history.log
             self.figures.counts["writes.all"] += log.writes
+            self.figures.counts["writes.zeroes and discards"] += sum(kind == ZERO for kind in log.kinds[1:])
             self.figures.counts["writes.refused"] += len(history.refused)
             for sequence in range(1, log.writes + 1):
                 begin = log.begins_ns[sequence]
@@ -129,6 +134,7 @@ class Evidence:
                 stopped = sum(max(0, min(end, b) - max(begin, a)) for a, b in fate.stops) if fate else 0
                 took = end - begin - stopped - self.stalls.within(begin, end)
                 self.figures.at_least("write", took)
+                self.figures.at_least("write_raw", end - begin)
                 if took > limit_ns:
                     self.fail("hang", f"write {sequence} of writer {writer} took {took / 1e9:.3f} s")
                 if end - begin > self.plan.cbw_timeout_s * 0.95e9:
@@ -137,8 +143,8 @@ class Evidence:
     # -- coordinators ----------------------------------------------------------------------------------------------
 
     def _replay(self, fate: Fate) -> None:
-        """The events of one incarnation of the coordinator."""
-        for event in EventReader(self.place.events(fate.incarnation)).read():
+        """The events of one incarnation of the coordinator or of a reader."""
+        for event in EventReader(self.place.events(fate.role, fate.number, fate.incarnation)).read():
             handler = getattr(self, f"_on_{event['event']}", None)
             if handler is not None:
                 handler(event, fate)
@@ -183,7 +189,7 @@ class Evidence:
         self.figures.counts["cuts.failed"] += 1
 
     def _on_cancel(self, event: dict[str, Any], fate: Fate) -> None:
-        self.taken[event["name"]].cancelled = True
+        self._end(event["name"], event["ns"])
 
     _on_drop = _on_cancel
 
@@ -192,7 +198,11 @@ class Evidence:
 
     def _on_closing(self, event: dict[str, Any], fate: Fate) -> None:
         for name in event["jobs"] + event["snapshots"]:
-            self.taken[name].cancelled = True
+            self._end(name, event["ns"])
+
+    def _end(self, name: str, ns: int) -> None:
+        taken = self.taken[name]
+        taken.cancelled, taken.ended_ns = True, min(taken.ended_ns, ns)
 
     def _on_discard(self, event: dict[str, Any], fate: Fate) -> None:
         offset, length = event["offset"], event["length"]
@@ -202,7 +212,18 @@ class Evidence:
         self.figures.counts["snapshots.discards"] += 1
 
     def _on_read(self, event: dict[str, Any], fate: Fate) -> None:
-        self.taken[event["name"]].reads.append(event)
+        taken = self.taken[event["name"]]
+        taken.reads.append(event)
+        self.figures.counts[f"reads.by {fate.role}s"] += 1
+        if taken.given_up:
+            self.fail("mismatch", f"{taken.name} was read, and its cut was given up")
+
+    def _on_gone(self, event: dict[str, Any], fate: Fate) -> None:
+        """A reader has not found a snapshot: it must not have been there from the cut on to its end."""
+        taken = self.taken[event["name"]]
+        self.figures.counts["reads.too late or early"] += 1
+        if taken.sure and taken.cut[1] < event["ns"] - SEARCH_NS and event["ns"] < taken.ended_ns:
+            self.fail("mismatch", f"{fate.role} {fate.number} did not find {taken.name}: {event['error']}")
 
     def _on_broken(self, event: dict[str, Any], fate: Fate) -> None:
         taken = self.taken[event["name"]]

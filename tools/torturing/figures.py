@@ -69,6 +69,20 @@ class Figures:
         return found
 
 
+#: What a run of a minute or more has done to be called one.
+PLAYED = (
+    *(f"{act}.{role}" for act in ("kills", "stops") for role in ("writer", "reader", "worker", "coordinator")),
+    *("cuts.taken", "backups.right", "backups.cancelled", "snapshots.right", "snapshots.broken", "snapshots.dropped"),
+    *("snapshots.discards", "reads.by coordinators", "reads.by readers", "writes.zeroes and discards"),
+    *("starts.orderly restarts", "starts.adopted_jobs", "starts.adopted_snapshots", "aims.coordinator at odd"),
+)
+
+
+def never_happened(figures: Figures) -> list[str]:
+    """Which of these are missing."""
+    return [name for name in PLAYED if not figures.counts[name]]
+
+
 def lines(figures: Figures) -> list[str]:
     """For people."""
     found = figures.as_dict()
@@ -89,14 +103,18 @@ def lines(figures: Figures) -> list[str]:
         f"snapshots   {some('snapshots')}; reads of them: {some('reads')}",
         f"broken      {found['broken_ratio']:.2%} of {sum(backups.values()) + sum(snapshots.values())}",
         f"writes      {some('writes')}",
-        f"wait        of a writer {format_ns(longest['write'])} at most",
+        f"wait        of a writer {format_ns(longest['write'])} at most; {format_ns(longest['write_raw'])} with "
+        "its own stops and the machine's",
         f"reaped      {some('reaps')}; after {format_ns(longest['reap_writer'])} (writers) and "
-        f"{format_ns(longest['reap_worker'])} (workers) at most",
+        f"{format_ns(longest['reap_worker'])} (workers) at most; "
+        f"{format_ns(longest['reap_raw'])} with the machine's stalls",
         f"stalls      {some('stalls')}; {format_ns(longest['stall'])} at most: not counted as anybody's wait",
         f"starts      {some('starts')}; a coordinator's took {format_ns(longest['start'])} at most",
     ]
     if not reads and not backups:
         told.append("Nothing was copied: this run says nothing.")
+    if missing := never_happened(figures):
+        told.append(f"Not played: {', '.join(missing)}.")
     told += [f"{failure['kind'].upper():<10}  {failure['where']}: {failure['what']}" for failure in figures.failures]
     told.append(
         f"{found['mismatches']} mismatches, {found['hangs']} hangs, {found['leaks']} leaks, {found['errors']} errors"

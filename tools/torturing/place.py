@@ -5,7 +5,7 @@ disk.img             the image
 stage, orders        one byte each, mapped: what the coordinator is doing; what it is to do
 stop                 one byte, mapped: the writers are to leave
 writer-N.log         stamps.LogWriter; .refused: the sequences of writes that were refused, 8 bytes each
-events-K.jsonl       what the coordinator of incarnation K did, one JSON object a line, each by one write
+ROLE-N-K.jsonl       what the coordinator or reader N of incarnation K did, a JSON object a line, each by one write
 fates.json           who was killed and stopped when
 targets/             backups and scratch files;   reads/   what was read of snapshots
 ROLE-N-K.err         what a process said on stderr
@@ -46,14 +46,18 @@ class Place:
         for path in (self.stage, self.orders, self.stop):
             path.write_bytes(b"\0")
 
+    def count_reads(self, by: str) -> int:
+        """How many copies of snapshots there are, made by coordinators ("read") or readers ("reader")."""
+        return sum(f".{by}-" in name for name in os.listdir(self.reads))
+
     def log(self, writer: int) -> Path:
         return self.directory / f"writer-{writer}.log"
 
     def refused(self, writer: int) -> Path:
         return self.directory / f"writer-{writer}.refused"
 
-    def events(self, incarnation: int) -> Path:
-        return self.directory / f"events-{incarnation}.jsonl"
+    def events(self, role: str, number: int, incarnation: int) -> Path:
+        return self.directory / f"{role}-{number}-{incarnation}.jsonl"
 
     def said(self, role: str, number: int, incarnation: int) -> Path:
         return self.directory / f"{role}-{number}-{incarnation}.err"

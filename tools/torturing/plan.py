@@ -16,19 +16,21 @@ from pathlib import Path
 
 from shmcbw.workers.stamps import BLOCK_SIZE, DATA, ZERO, Layout
 
-WRITER, WORKER, COORDINATOR, POOL, CREW, ALL = "writer", "worker", "coordinator", "pool", "crew", "all"
+WRITER, READER, WORKER, COORDINATOR = "writer", "reader", "worker", "coordinator"
+POOL, CREW, ALL = "pool", "crew", "all"
 KILL, STOP, RESTART = "kill", "stop", "restart"
 NOW, BUSY, ORPHAN, CUT, ODD = "now", "busy", "orphan", "cut", "odd"
 DROP, START, CLOSE = "drop", "start", "close"
 
 #: What happens, to whom, at which moment, and how often in proportion.
-#: POOL: all workers of an image.  CREW: these and the coordinator.  ALL: writers too.
+#: POOL: all workers of an image.  CREW: these and the coordinator.  ALL: writers and readers too.
 #: BUSY: in a write, in a copy.  ORPHAN: in a copy, when another coordinator has come.  CUT, DROP, CLOSE: in such a call
 #: of the coordinator.  ODD: in a drained section that a stopped writer makes long.  START: it, and then the next one
 #: while that starts.
 ACTS: tuple[tuple[str, str, str, float], ...] = (
     (KILL, WRITER, NOW, 3),
     (KILL, WRITER, BUSY, 4),
+    (KILL, READER, NOW, 1.5),
     (KILL, WORKER, NOW, 3),
     (KILL, WORKER, BUSY, 4),
     (KILL, WORKER, ORPHAN, 0.4),
@@ -43,8 +45,10 @@ ACTS: tuple[tuple[str, str, str, float], ...] = (
     (KILL, ALL, NOW, 0.2),
     (STOP, WRITER, NOW, 1),
     (STOP, WRITER, BUSY, 1.5),
+    (STOP, READER, NOW, 1),
     (STOP, WORKER, NOW, 1),
     (STOP, WORKER, BUSY, 1.5),
+    (STOP, POOL, NOW, 0.8),
     (STOP, COORDINATOR, NOW, 0.7),
     (STOP, COORDINATOR, CUT, 0.7),
     (STOP, COORDINATOR, ODD, 0.5),
@@ -54,8 +58,9 @@ ACTS: tuple[tuple[str, str, str, float], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """``pause_s`` after the one before.  ``number``: which writer or worker.  ``delay_s``: after the moment aimed at.
-    ``hold_s``: of a stop."""
+    """``pause_s`` after the one before.  ``number``: which writer, reader or worker.
+    ``delay_s``: after the moment aimed at.  ``hold_s``: of a stop.
+    """
 
     pause_s: float
     act: str
@@ -99,6 +104,7 @@ class ImagePlan:
     initial: int
     cluster_size: int
     writers: int
+    readers: int
     workers: int
     slots: int
     cbw_timeout_s: float
@@ -123,6 +129,8 @@ class ImagePlan:
 SABOTAGES = ("bypass", "sleep", "litter", "blind")
 
 WRITERS_CPU_SHARE = 0.35
+#: Of some images: shorter than a stop may be, so that snapshots break.
+SHORT_TIMEOUT_S = 0.15
 
 
 def image_plans(
@@ -130,6 +138,7 @@ def image_plans(
     *,
     images: int,
     writers: int,
+    readers: int,
     workers: int,
     size_bytes: int,
     cbw_timeout_s: float,
@@ -149,9 +158,10 @@ def image_plans(
                 initial=chance.choice((DATA, DATA, ZERO)),
                 cluster_size=chance.choice((4, 16, 64, 64, 256)) << 10,
                 writers=writers,
+                readers=readers,
                 workers=workers,
                 slots=2 * writers + 2,
-                cbw_timeout_s=cbw_timeout_s,
+                cbw_timeout_s=chance.choice((cbw_timeout_s, cbw_timeout_s, min(cbw_timeout_s, SHORT_TIMEOUT_S))),
                 share=min(1.0, WRITERS_CPU_SHARE * cpus / (images * writers)),
                 sabotage=sabotage,
             )

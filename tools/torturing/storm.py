@@ -94,6 +94,8 @@ class Storm:
             crew.start_coordinator()
             for number in range(crew.plan.writers):
                 crew.start_writer(number)
+            for number in range(crew.plan.readers):
+                crew.start_reader(number)
         self._wait(lambda crew: crew.recovered, RECOVER_LIMIT_S, "not started")
 
     def _rage(self, seconds: float) -> None:
@@ -128,7 +130,7 @@ class Storm:
     def _finish_writers(self) -> None:
         for crew in self._crews:
             crew.stop.value = 1
-        self._wait(lambda crew: not crew.writers, LEAVE_LIMIT_S, "the writers have not left")
+        self._wait(lambda crew: not (crew.writers or crew.readers), LEAVE_LIMIT_S, "writers or readers have not left")
 
     def _end(self, orderly: bool) -> None:
         """What is left after an orderly end is a leak.  Then it is removed."""
