@@ -140,6 +140,10 @@ class SnapshotReader:
         alive = (states.ACTIVE, states.COMPLETE)
         if error is None and word in [states.state_word(state, self._odd_epoch) for state in alive]:
             return
+        if error is None and word == states.state_word(states.BROKEN, self._odd_epoch):
+            # Broken between the two loads: the error was stored before the state, so it is there now.
+            error = broken_error(self._segment, self._index)
+            word = self._segment.snapshot(self._index, Snapshot.state)
         if error is not None and word >> 32 == self._odd_epoch:
             raise error
         raise ClosedError("the snapshot is closed")

@@ -37,7 +37,7 @@ from tools.torturing.watch import SHM
 
 PROGRESS_S = 5.0
 #: A run that is as long must have played everything.
-PLAYED_S = 60.0
+PLAYED_S = 120.0
 #: What rounds in memory may need at most.
 MEMORY_BYTES = 4 << 30
 
@@ -162,7 +162,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=8, help="kills, stops and restarts a second")
     parser.add_argument("--round", type=float, default=20, metavar="SECONDS", help="how long one set of images lasts")
     parser.add_argument(
-        "--cbw-timeout", type=float, default=5, metavar="SECONDS", help="what a write may wait; on some images less"
+        "--cbw-timeout",
+        type=float,
+        default=5,
+        metavar="SECONDS",
+        help="what a write may wait; on one of the images less",
     )
     parser.add_argument(
         "--directory", type=Path, help="where the images are (default: the temporary directory and memory, in turn)"

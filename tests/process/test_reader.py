@@ -19,8 +19,9 @@ import shmcbw
 from shmcbw import _core, failpoints
 from shmcbw.failpoints import POINTS, Failpoint
 from shmcbw.image import next_data
-from shmcbw.layout import Header
+from shmcbw.layout import Header, Snapshot, Word
 from shmcbw.reader import Extent
+from shmcbw.segment import Segment
 from shmcbw.snapshots import break_snapshot
 from shmcbw.workers import Coordinator
 from shmcbw.workers.groups import Backup, Scratch, take_group
@@ -309,6 +310,37 @@ def test_a_reader_that_looked_before_a_discard_does_not_take_its_hole_for_data(
             assert snapshot.discard(K64, 0) == K64
             thread.join()
             assert len(failures) == 1
+
+
+class BreaksAtFirstLookAtState:
+    """A segment as the reader sees it when its snapshot breaks just after it looked for a sticky error."""
+
+    def __init__(self, segment: Segment, index: int, serial: int) -> None:
+        self._segment, self._index, self._serial = segment, index, serial
+        self.broke = False
+
+    def snapshot(self, index: int, word: Word) -> int:
+        if word == Snapshot.state and not self.broke:
+            self.broke = True
+            break_snapshot(self._segment, self._index, self._serial, errno.EIO, 3)
+        return self._segment.snapshot(index, word)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._segment, name)
+
+
+def test_a_snapshot_that_breaks_under_the_readers_eyes_is_broken_and_not_closed(image: Path, tmp_path: Path) -> None:
+    with Coordinator(image, workers=1) as coordinator, coordinator.snapshot(tmp_path / "scratch") as snapshot:
+        with shmcbw.open_snapshot(image) as reader:
+            seen = BreaksAtFirstLookAtState(coordinator.segment, reader._index, snapshot.serial)
+            mine, reader._segment = reader._segment, seen  # type: ignore[assignment]
+            try:
+                with pytest.raises(shmcbw.SnapshotBrokenError) as caught:
+                    reader.pread(4096, 0)
+            finally:
+                reader._segment = mine
+            assert seen.broke
+            assert (caught.value.errno, caught.value.cluster) == (errno.EIO, 3)
 
 
 @pytest.mark.parametrize("zero", ["pwrite_zeroes", "pdiscard"])

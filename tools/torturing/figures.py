@@ -69,7 +69,7 @@ class Figures:
         return found
 
 
-#: What a run of a minute or more has done to be called one.
+#: What a run of two minutes or more has done to be called one.
 PLAYED = (
     *(f"{act}.{role}" for act in ("kills", "stops") for role in ("writer", "reader", "worker", "coordinator")),
     *("cuts.taken", "backups.right", "backups.cancelled", "snapshots.right", "snapshots.broken", "snapshots.dropped"),

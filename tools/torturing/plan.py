@@ -52,7 +52,7 @@ ACTS: tuple[tuple[str, str, str, float], ...] = (
     (STOP, COORDINATOR, NOW, 0.7),
     (STOP, COORDINATOR, CUT, 0.7),
     (STOP, COORDINATOR, ODD, 0.5),
-    (RESTART, COORDINATOR, NOW, 0.4),
+    (RESTART, COORDINATOR, NOW, 0.8),
 )
 
 
@@ -129,7 +129,7 @@ class ImagePlan:
 SABOTAGES = ("bypass", "sleep", "litter", "blind")
 
 WRITERS_CPU_SHARE = 0.35
-#: Of some images: shorter than a stop may be, so that snapshots break.
+#: Of one image: shorter than a stop may be, so that snapshots break.
 SHORT_TIMEOUT_S = 0.15
 
 
@@ -148,6 +148,7 @@ def image_plans(
     chance = random.Random(f"{seed} images")
     cpus = len(os.sched_getaffinity(0))
     plans = []
+    short = chance.randrange(max(2, images))
     for image in range(images):
         blocks = max(size_bytes // BLOCK_SIZE, 48 * writers) + chance.randrange(16)
         plans.append(
@@ -161,7 +162,7 @@ def image_plans(
                 readers=readers,
                 workers=workers,
                 slots=2 * writers + 2,
-                cbw_timeout_s=chance.choice((cbw_timeout_s, cbw_timeout_s, min(cbw_timeout_s, SHORT_TIMEOUT_S))),
+                cbw_timeout_s=min(cbw_timeout_s, SHORT_TIMEOUT_S) if image == short else cbw_timeout_s,
                 share=min(1.0, WRITERS_CPU_SHARE * cpus / (images * writers)),
                 sabotage=sabotage,
             )
