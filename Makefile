@@ -13,7 +13,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CORE := $(wildcard shmcbw/_core/*.c shmcbw/_core/*.h)
-DEBIAN_PACKAGES := bindfs e2fsprogs exfat-fuse exfatprogs fio libnbd-bin openssl qemu-system-common qemu-utils strace
+DEBIAN_PACKAGES := bindfs e2fsprogs exfat-fuse exfatprogs fio fuse iproute2 libnbd-bin openssl qemu-system-common qemu-system-x86 qemu-utils strace
 
 .PHONY: demo test lint sanitize fuzz untrusted bench matrix differential faults torture model clean
 

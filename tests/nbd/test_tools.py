@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import ssl
 import subprocess
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from shmcbw.workers import Coordinator
 from shmcbw.workers.nbd.address import listen_tcp, listen_unix
 from shmcbw.workers.nbd.server import Server
 from shmcbw.workers.nbd.specification import ExportSpec, Tls
+from tests.conftest import needs_root, wait_for
+from tests.monitor import StorageDaemon
 from tests.processes import running, write_pairs_forever
 
 SIZE = 8 << 20
@@ -162,10 +166,9 @@ def test_fio_verifies_its_own_writes_while_cuts_are_taken(
     assert cuts > 0
 
 
-def test_a_storage_daemon_backs_up_from_our_snapshot(
+def test_qemu_img_converts_a_snapshot_to_qcow2(
     coordinator: Coordinator, server: Server, image: Path, tmp_path: Path
 ) -> None:
-    """qemu-img convert with QEMU's own NBD driver, compared by content and by its own compare."""
     before = image.read_bytes()
     with coordinator.snapshot(tmp_path / "scratch") as snapshot, shmcbw.open(image) as disk:
         server.add(ExportSpec("snapshot", str(image), snapshot.serial))
@@ -174,6 +177,70 @@ def test_a_storage_daemon_backs_up_from_our_snapshot(
         run("qemu-img", "convert", "--image-opts", options, "-O", "qcow2", str(tmp_path / "out.qcow2"))
         run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", str(tmp_path / "out.qcow2"), str(tmp_path / "out"))
         assert (tmp_path / "out").read_bytes() == before
+        server.remove("snapshot", hard=True)
+
+
+def test_a_storage_daemon_backs_up_from_our_snapshot(
+    coordinator: Coordinator, server: Server, image: Path, tmp_path: Path
+) -> None:
+    """Its own blockdev-backup, with our snapshot as the source, while others write."""
+    first, second = 1 << 20, 6 << 20
+    with image.open("r+b") as file:
+        for offset in (first, second):
+            file.seek(offset)
+            file.write(bytes(8))
+    target = tmp_path / "target"
+    target.touch()
+    os.truncate(target, SIZE)
+    with (
+        StorageDaemon(tmp_path) as daemon,
+        running(write_pairs_forever, str(image), first, second),
+        coordinator.snapshot(tmp_path / "scratch") as snapshot,
+    ):
+        server.add(ExportSpec("snapshot", str(image), snapshot.serial))
+        client = daemon.connect()
+        address = {"type": "unix", "path": str(server.address)}
+        client.execute(
+            "blockdev-add", driver="nbd", node_name="source", server=address, export="snapshot", read_only=True
+        )
+        client.execute("blockdev-add", driver="file", node_name="target", filename=str(target))
+        client.execute("blockdev-backup", job_id="j", device="source", target="target", sync="full", auto_dismiss=False)
+        client.wait_status("j", "concluded")
+        assert client.execute("query-jobs")[0].get("error") is None
+        client.execute("job-dismiss", id="j")
+        for node in ("source", "target"):
+            client.execute("blockdev-del", node_name=node)
+        assert target.read_bytes() == snapshot.pread(SIZE, 0)
+        one, two = (int.from_bytes(target.read_bytes()[at : at + 8], "little") for at in (first, second))
+        assert one in (two, two + 1)
+        server.remove("snapshot", hard=True)
+
+
+def test_a_mounted_snapshot_is_a_file_that_any_program_reads(
+    coordinator: Coordinator, server: Server, uri: Callable[[str], str], image: Path, tmp_path: Path
+) -> None:
+    needs_root("mounting with FUSE")
+    before = image.read_bytes()
+    mounted = tmp_path / "mounted"
+    mounted.touch()
+    with coordinator.snapshot(tmp_path / "scratch") as snapshot, shmcbw.open(image) as disk:
+        server.add(ExportSpec("snapshot", str(image), snapshot.serial))
+        fuse = subprocess.Popen(["nbdfuse", "-r", str(mounted), uri("snapshot")])
+        try:
+            wait_for(lambda: os.path.ismount(mounted) or fuse.poll() is not None, "it is mounted", 30)
+            disk.pwrite(os.urandom(SIZE), 0)
+            # An archiver as any other.
+            run("tar", "-C", str(tmp_path), "-cf", str(tmp_path / "archive.tar"), "mounted")
+            assert run("sha256sum", str(mounted)).split()[0] == hashlib.sha256(before).hexdigest()
+        finally:
+            subprocess.run(["umount", str(mounted)], check=False)
+            try:
+                assert fuse.wait(30) == 0
+            finally:
+                fuse.kill()
+        with tarfile.open(tmp_path / "archive.tar") as archive:
+            member = archive.extractfile("mounted")
+            assert member is not None and member.read() == before
         server.remove("snapshot", hard=True)
 
 
