@@ -6,12 +6,14 @@ import errno
 import os
 import signal
 import stat
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 import shmcbw
+from shmcbw import _core
 from shmcbw.invariants import check
 from shmcbw.workers import Coordinator
 from shmcbw.workers.nbd import wire
@@ -19,7 +21,7 @@ from shmcbw.workers.nbd.address import listen_unix
 from shmcbw.workers.nbd.server import ExportInUseError, Server
 from shmcbw.workers.nbd.specification import ExportSpec
 from tests.conftest import wait_for
-from tests.nbd.client import Client
+from tests.nbd.client import Client, StructuredClient
 from tests.processes import continue_all, stop_all
 
 SIZE = 4 << 20
@@ -88,6 +90,138 @@ def test_a_write_that_waits_for_its_copy_holds_up_no_other_request(
         finally:
             continue_all(worker_pids(coordinator))
         assert {disk.reply()[:2], disk.reply()[:2]} == {(1, 0), (4, 0)}
+
+
+def test_a_dozen_slow_writes_hold_up_neither_reads_nor_flushes_nor_another_export(
+    coordinator: Coordinator, server: Server, path: str, image: Path, tmp_path: Path
+) -> None:
+    with coordinator.snapshot(tmp_path / "scratch") as snapshot, Client(path, "disk") as disk:
+        server.add(ExportSpec("snapshot", str(image), snapshot.serial))
+        stop_all(worker_pids(coordinator))
+        try:
+            for number in range(12):
+                disk.send(wire.WRITE, number, (20 + number) * CLUSTER, data=b"first touch")
+            for cookie, kind, length in ((100, wire.FLUSH, 0), (101, wire.READ, 3)):
+                disk.send(kind, cookie, 0, length)
+                assert disk.reply(length)[:2] == (cookie, 0)
+            with Client(path, "snapshot") as old:
+                assert old.ask(wire.READ, 20 * CLUSTER, 10)[0] == 0
+        finally:
+            continue_all(worker_pids(coordinator))
+        assert sorted(disk.reply()[:2] for _ in range(12)) == [(number, 0) for number in range(12)]
+        server.remove("snapshot", hard=True)
+
+
+def test_chunks_are_as_the_flags_ask(coordinator: Coordinator, server: Server, path: str, image: Path) -> None:
+    with image.open("r+b") as file:
+        for hole in (2 * CLUSTER, 6 * CLUSTER):
+            _core.punch_hole(file.fileno(), hole, CLUSTER)
+    with StructuredClient(path, "disk", "base:allocation") as disk:
+        extents = disk.extents(SIZE, 0)["base:allocation"]
+        hole = wire.STATE_HOLE | wire.STATE_ZERO
+        assert extents[:4] == [(2 * CLUSTER, 0), (CLUSTER, hole), (3 * CLUSTER, 0), (CLUSTER, hole)]
+        assert disk.extents(SIZE, 0, wire.FLAG_REQ_ONE)["base:allocation"] == [(2 * CLUSTER, 0)]
+        assert disk.extents(100, 2 * CLUSTER + 50)["base:allocation"] == [(100, hole)]
+        disk.send(wire.READ, 1, CLUSTER, 2 * CLUSTER, flags=wire.FLAG_DF)
+        ((kind, content),) = disk.chunks()
+        assert (kind, content[8:]) == (1, image.read_bytes()[CLUSTER : 3 * CLUSTER])
+        disk.send(wire.READ, 1, 0, 0)
+        assert disk.chunks() == [(0, b"")], "nothing, and no empty chunk of data"
+        disk.send(wire.CACHE, 1, 0, CLUSTER)
+        assert disk.chunks() == [(0, b"")]
+        disk.send(wire.BLOCK_STATUS, 1, SIZE, 1)
+        ((kind, content),) = disk.chunks()
+        assert kind == 0x8001 and b"beyond the end" in content
+
+
+def test_block_status_in_no_context_is_einval(server: Server, path: str) -> None:
+    with Client(path, "disk") as disk:
+        assert disk.ask(wire.BLOCK_STATUS, 0, 512)[0] == errno.EINVAL
+        assert disk.ask(wire.READ, 0, 1)[0] == 0
+
+
+def test_zeroes_are_holes_unless_they_must_not_be_and_fast_ones_are_refused_where_they_are_slow(
+    coordinator: Coordinator, server: Server, path: str, image: Path
+) -> None:
+    def blocks() -> int:
+        return os.stat(image).st_blocks
+
+    with Client(path, "disk") as disk:
+        before = blocks()
+        assert disk.ask(wire.WRITE_ZEROES, 0, 4 * CLUSTER, flags=wire.FLAG_NO_HOLE) == (0, b"")
+        assert blocks() == before
+        assert disk.ask(wire.WRITE_ZEROES, 0, 4 * CLUSTER, flags=wire.FLAG_FAST_ZERO) == (0, b"")
+        assert blocks() == before - 4 * CLUSTER // 512
+        both = wire.FLAG_FAST_ZERO | wire.FLAG_NO_HOLE
+        assert disk.ask(wire.WRITE_ZEROES, 8 * CLUSTER, CLUSTER, flags=both)[0] == errno.ENOTSUP
+        assert disk.ask(wire.TRIM, 8 * CLUSTER, CLUSTER) == (0, b"")
+        assert blocks() == before - 5 * CLUSTER // 512
+        assert image.read_bytes()[: 4 * CLUSTER] == bytes(4 * CLUSTER)
+
+
+@pytest.mark.parametrize("kind", [wire.WRITE, wire.WRITE_ZEROES, wire.TRIM, wire.FLUSH])
+def test_what_must_be_durable_is_synced_before_it_is_answered(
+    server: Server, path: str, tmp_path: Path, kind: int
+) -> None:
+    (pid,) = server.pids
+    trace = tmp_path / "trace"
+    with Client(path, "disk") as disk:
+        # Its threads are there from now on, and traced.
+        assert disk.ask(wire.FLUSH) == (0, b"")
+        assert disk.ask(wire.WRITE, 0, data=b"x", flags=wire.FLAG_FUA) == (0, b"")
+        command = ["strace", "-f", "-e", "trace=fdatasync", "-o", str(trace), "-p", str(pid)]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as strace:
+            try:
+                assert strace.stderr is not None
+                while "attached" not in strace.stderr.readline():
+                    assert strace.poll() is None
+                data = b"x" if kind == wire.WRITE else b""
+                assert disk.ask(wire.WRITE, 10, data=b"x") == (0, b"")
+                assert "fdatasync" not in trace.read_text()
+                flush = kind == wire.FLUSH
+                flags = 0 if flush else wire.FLAG_FUA
+                assert disk.ask(kind, 0, 0 if flush else 1, data, flags) == (0, b"")
+                # The line of a call that has ended, or is done but for its end.
+                wait_for(lambda: "fdatasync" in trace.read_text(), "strace has written it")
+            finally:
+                strace.terminate()
+
+
+def test_a_full_file_system_is_enospc_and_the_connection_lives(make_tmpfs: Callable[[str], Path], path: str) -> None:
+    image = make_tmpfs("1m") / "disk.img"
+    with image.open("wb") as file:
+        file.truncate(2 * SIZE)
+    with Coordinator(image, workers=1), Server(listen_unix(path), path=path, processes=1) as server:
+        server.add(ExportSpec("disk", str(image), writable=True))
+        with Client(path, "disk") as disk:
+            assert disk.ask(wire.WRITE, 0, data=b"x" * (2 << 20))[0] == errno.ENOSPC
+            assert disk.ask(wire.TRIM, 0, 2 << 20) == (0, b"")
+            assert disk.ask(wire.WRITE, 0, data=b"fits") == (0, b"")
+            assert disk.ask(wire.READ, 0, 4) == (0, b"fits")
+
+
+def test_a_client_that_leaves_gives_everything_back(coordinator: Coordinator, server: Server, path: str) -> None:
+    def slots() -> int:
+        return len(coordinator.status()["slots"])
+
+    before = slots()
+    with Client(path, "disk") as disk:
+        assert disk.ask(wire.WRITE, 0, data=b"x") == (0, b"")
+        wait_for(lambda: server.clients("disk") == 1 and slots() == before + 1, "it is counted, and has a slot")
+        disk.send(wire.DISCONNECT, 1)
+        with pytest.raises(ConnectionResetError, match="0 of 1"):
+            disk.receive(1)
+        wait_for(lambda: server.clients("disk") == 0 and slots() == before, "both are given back")
+
+
+def test_several_clients_are_served_by_several_processes(image: Path, path: str) -> None:
+    with Coordinator(image, workers=1) as coordinator, Server(listen_unix(path), path=path, processes=2) as server:
+        server.add(ExportSpec("disk", str(image), writable=True))
+        with Client(path, "disk") as one, Client(path, "disk") as two:
+            for client in (one, two):
+                assert client.ask(wire.WRITE, 0, data=b"x") == (0, b"")
+            writers = [slot["pid"] for slot in coordinator.status()["slots"]]
+            assert set(writers) == set(server.pids)
 
 
 def test_a_clients_bad_request_gets_einval_and_its_connection_lives(server: Server, path: str) -> None:

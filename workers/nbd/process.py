@@ -96,6 +96,8 @@ class Process:
             sock = socket.socket(fileno=descriptors[0])
             if sock.family != socket.AF_UNIX:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                # A machine that vanished is found out some day.
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             number = int.from_bytes(data, "little")
             threading.Thread(target=self._serve, args=(number, sock), name="shmcbw-nbd-client", daemon=True).start()
 
