@@ -83,7 +83,7 @@ class StructuredClient(Client):
     def _option(self, number: int, data: bytes) -> list[bytes]:
         """The data of all answers before the acknowledgement."""
         self.sock.sendall(struct.pack(">8sII", b"IHAVEOPT", number, len(data)) + data)
-        found = []
+        found: list[bytes] = []
         while True:
             _, _, kind, length = struct.unpack(">QIII", self.receive(20))
             answer = self.receive(length)
