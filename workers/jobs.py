@@ -195,6 +195,7 @@ class Job:
                 "progress": asdict(progress),
                 "error": str(self._error) if self._error is not None else None,
                 "error_text": self.error_text,
+                "failure": describe_error(self._error),
             }
 
     # -- verbs -------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@
 ``writer.py``       the role: random writes, zeroes, discards, all stamped and logged
 ``reader.py``       the role: reads snapshots, and discards parts of them, from any process
 ``coordinator.py``  the role: cuts, backups, snapshot reads, discards, cancels; an adopted one goes on
+``daemon.py``       the same role, played by a daemon and a client of it
 ``watch.py``        what can be seen from outside: pids, marks, who is reaped, what is left over
 ``crew.py``         coordinator and writers of an image, kept alive; who hangs
 ``aims.py``         who is killed or stopped at which moment

@@ -15,7 +15,8 @@ import random
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 from shmcbw import invariants
 from shmcbw.errors import (
@@ -40,6 +41,8 @@ from tools.torturing.place import (
 )
 from tools.torturing.plan import COORDINATOR, ImagePlan
 from tools.torturing.reader import COPIES_MAX, copy_snapshot
+
+T = TypeVar("T")
 
 JOBS_MAX = 2
 SNAPSHOTS_MAX = 2
@@ -106,30 +109,22 @@ class Role:
         self.events.write("closed")
 
     def _start(self) -> Coordinator | None:
-        """The coordinator, or None if it could not start; a lock that is held on for a moment is tried again."""
+        """The coordinator, or None if it could not start."""
         plan = self.plan
-        deadline = time.monotonic() + TRIES_S
-        while True:
-            try:
-                return Coordinator(
-                    self.place.image, workers=plan.workers, cluster_size=plan.cluster_size, slots=plan.slots
-                )
-            except CoordinatorRunningError as error:
-                self.events.write("busy", error=str(error))
-                if time.monotonic() > deadline:
-                    return None
-                time.sleep(0.01)
-            except (ShmcbwError, OSError) as error:
-                self.events.write("failed_start", error=f"{type(error).__name__}: {error}")
-                traceback.print_exc()
-                return None
+
+        def start() -> Coordinator:
+            return Coordinator(self.place.image, workers=plan.workers, cluster_size=plan.cluster_size, slots=plan.slots)
+
+        return started(start, self.events)
 
     def _adopt(self) -> None:
         self.running = {os.path.basename(job.target): job for job in self.coordinator.jobs}
-        for snapshot in self.coordinator.snapshots:
-            self.snapshots[os.path.basename(snapshot._entry.target.path)] = snapshot
+        self.snapshots = self._find_snapshots()
         self.unlimited_s = {}
         self.events.write("ready", jobs=list(self.running), snapshots=list(self.snapshots))
+
+    def _find_snapshots(self) -> dict[str, CoordinatorSnapshot]:
+        return {os.path.basename(snapshot._entry.target.path): snapshot for snapshot in self.coordinator.snapshots}
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
@@ -147,15 +142,15 @@ class Role:
     def _rest(self) -> None:
         pass
 
-    def _take(self, kind: str, name: str) -> CoordinatorSnapshot | Job | None:
-        """A cut, for a backup or a snapshot; None if it was given up."""
+    def _take(self, kind: str, name: str) -> Any:
+        """A cut, for a backup or a snapshot: its Job or CoordinatorSnapshot; None if it was given up."""
         chance, path = self.chance, self.place.targets / name
         policy = chance.choice(("break-snapshot", "break-snapshot", "break-snapshot", "break-guest-write"))
         sync = chance.choice(("full", "full", "top", "none")) if kind == "backup" else "none"
         speed = chance.choice((0, 0, 1 << 20, 8 << 20, 32 << 20))
         self.events.write("call", kind=kind, name=name, policy=policy, sync=sync, speed=speed)
         self.stage.value = CUTTING
-        taken: CoordinatorSnapshot | Job | None = None
+        taken: Any = None
         timeout_s = self.plan.cbw_timeout_s
         try:
             if kind == "backup":
@@ -185,7 +180,7 @@ class Role:
             return
         name = self._name("backup")
         job = self._take("backup", name)
-        if isinstance(job, Job):
+        if job is not None:
             self.running[name] = job
             self.copies += 1
 
@@ -194,7 +189,7 @@ class Role:
             return
         name = self._name("snapshot")
         snapshot = self._take("snapshot", name)
-        if isinstance(snapshot, CoordinatorSnapshot):
+        if snapshot is not None:
             with self.reading:
                 self.snapshots[name] = snapshot
 
@@ -270,6 +265,7 @@ class Role:
             errno=number,
             message=str(error or ""),
         )
+        job.dismiss()
 
     def _say_hanging(self, name: str, job: Job) -> None:
         if name in self.hanging:
@@ -346,7 +342,18 @@ def _limit_s(job: Job) -> float:
     return JOB_LIMIT_S if job.status == "running" else SYNC_LIMIT_S
 
 
-def run(place: Place, number: int, incarnation: int) -> None:
-    """The whole life of one incarnation; returns when it has closed the coordinator, as ordered."""
-    assert number == 0
-    Role(place, incarnation).run()
+def started(start: Callable[[], T], events: EventWriter) -> T | None:
+    """What ``start`` returns, or None if it fails; a lock that is held on for a moment is tried again."""
+    deadline = time.monotonic() + TRIES_S
+    while True:
+        try:
+            return start()
+        except CoordinatorRunningError as error:
+            events.write("busy", error=str(error))
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(0.01)
+        except (ShmcbwError, OSError) as error:
+            events.write("failed_start", error=f"{type(error).__name__}: {error}")
+            traceback.print_exc()
+            return None

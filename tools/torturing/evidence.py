@@ -152,6 +152,7 @@ class Evidence:
     def _on_ready(self, event: dict[str, Any], fate: Fate) -> None:
         self.figures.at_least("start", event["ns"] - fate.started_ns)
         self.figures.counts["starts.ready"] += 1
+        self.figures.counts["starts.daemons"] += self.plan.daemon
         self.figures.counts["starts.adopted_jobs"] += len(event["jobs"])
         self.figures.counts["starts.adopted_snapshots"] += len(event["snapshots"])
         for taken in self.taken.values():

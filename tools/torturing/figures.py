@@ -74,7 +74,13 @@ PLAYED = (
     *(f"{act}.{role}" for act in ("kills", "stops") for role in ("writer", "reader", "worker", "coordinator")),
     *("cuts.taken", "backups.right", "backups.cancelled", "snapshots.right", "snapshots.broken", "snapshots.dropped"),
     *("snapshots.discards", "reads.by coordinators", "reads.by readers", "writes.zeroes and discards"),
-    *("starts.orderly restarts", "starts.adopted_jobs", "starts.adopted_snapshots", "aims.coordinator at odd"),
+    *(
+        "starts.orderly restarts",
+        "starts.adopted_jobs",
+        "starts.adopted_snapshots",
+        "starts.daemons",
+        "aims.coordinator at odd",
+    ),
 )
 
 

@@ -26,11 +26,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tools.torturing import coordinator, plan, reader, writer
+from tools.torturing import daemon, plan, reader, writer
 from tools.torturing.place import Place
 
 ROOT = Path(__file__).resolve().parents[2]
-ROLES = {plan.WRITER: writer.run, plan.READER: reader.run, plan.COORDINATOR: coordinator.run}
+ROLES = {plan.WRITER: writer.run, plan.READER: reader.run, plan.COORDINATOR: daemon.run}
 
 
 # -- the nursery's own process -----------------------------------------------------------------------------------------

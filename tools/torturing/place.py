@@ -7,6 +7,7 @@ stop                 one byte, mapped: the writers are to leave
 writer-N.log         stamps.LogWriter; .refused: the sequences of writes that were refused, 8 bytes each
 ROLE-N-K.jsonl       what the coordinator or reader N of incarnation K did, a JSON object a line, each by one write
 fates.json           who was killed and stopped when
+qmp.sock             a daemon's
 targets/             backups and scratch files;   reads/   what was read of snapshots
 ROLE-N-K.err         what a process said on stderr
 """
@@ -39,6 +40,7 @@ class Place:
         self.stage = directory / "stage"
         self.orders = directory / "orders"
         self.stop = directory / "stop"
+        self.qmp = directory / "qmp.sock"
 
     def make(self) -> None:
         for directory in (self.directory, self.targets, self.reads):

@@ -96,7 +96,11 @@ def first_decisions(seed: str, images: int, rate: float, count: int) -> list[Dec
 
 @dataclass(frozen=True, slots=True)
 class ImagePlan:
-    """One image of a round; sizes in bytes.  ``share``: of a CPU, for each writer.  ``sabotage``: see `SABOTAGES`."""
+    """One image of a round; sizes in bytes.
+
+    ``daemon``: its coordinator is a `shmcbw serve`, driven over QMP.  ``share``: of a CPU, for each writer.
+    ``sabotage``: see `SABOTAGES`.
+    """
 
     seed: str
     image_id: int
@@ -108,6 +112,7 @@ class ImagePlan:
     workers: int
     slots: int
     cbw_timeout_s: float
+    daemon: bool
     share: float
     sabotage: tuple[str, ...]
 
@@ -129,6 +134,7 @@ class ImagePlan:
 SABOTAGES = ("bypass", "sleep", "litter", "blind")
 
 WRITERS_CPU_SHARE = 0.35
+DAEMON_CHANCE = 0.35
 #: Of one image: shorter than a stop may be, so that snapshots break.
 SHORT_TIMEOUT_S = 0.15
 
@@ -163,6 +169,7 @@ def image_plans(
                 workers=workers,
                 slots=2 * writers + 2,
                 cbw_timeout_s=min(cbw_timeout_s, SHORT_TIMEOUT_S) if image == short else cbw_timeout_s,
+                daemon=chance.random() < DAEMON_CHANCE,
                 share=min(1.0, WRITERS_CPU_SHARE * cpus / (images * writers)),
                 sabotage=sabotage,
             )

@@ -135,7 +135,8 @@ def _backup(desk: Desk, arguments: Arguments) -> dict[str, Any]:
 def _snapshot(desk: Desk, arguments: Arguments) -> dict[str, Any]:
     name = desk.graph.check_name(arguments["node-name"])
     served = _served(desk, arguments["image"])
-    snapshot = served.coordinator.snapshot(arguments["scratch-file"])
+    policy = {name.replace("-", "_"): arguments[name] for name in ("on-cbw-error", "cbw-timeout") if name in arguments}
+    snapshot = served.coordinator.snapshot(arguments["scratch-file"], **policy)
     desk.graph.add(SnapshotNode(name, served.node, None, snapshot))
     return {}
 

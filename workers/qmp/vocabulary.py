@@ -481,6 +481,8 @@ COMMANDS = (
         _NODE,
         Member("image", STRING, "path of a served image"),
         Member("scratch-file", STRING, "path of the scratch, which is made and goes with the snapshot"),
+        optional("on-cbw-error", ON_CBW_ERROR, "default break-snapshot"),
+        optional("cbw-timeout", NUMBER, "seconds, 0: none; default 30"),
     ),
     Command(
         "x-shmcbw-snapshot-read",
