@@ -32,7 +32,7 @@ lint: $(VENV)/.installed-test types-tree
 
 # What is compared with is optional: a figure that can't be measured says so.
 bench: $(VENV)/.installed-test
-	-@tools/debian_packages.sh fio qemu-system-common qemu-utils
+	-@tools/debian_packages.sh fio libnbd-bin nbdkit qemu-system-common qemu-utils
 	$(BIN)/python -m tools.bench $(BENCH_ARGS)
 
 matrix: $(VENV)/.installed-test

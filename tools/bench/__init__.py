@@ -4,6 +4,7 @@
 ``first_touch.py``   a write that needs one copy, against QEMU's copy-before-write filter
 ``backup.py``        a full backup of a quiet image, against cp
 ``drained.py``       how long a cut holds eight busy writers
+``nbd.py``           throughput through NBD, against qemu-nbd, QEMU's filter and nbdkit
 ``memory.py``        shared memory of an image
 ``imports.py``       what ``import shmcbw`` adds to the start of an interpreter
 
@@ -14,10 +15,11 @@
 ``place.py``         where: a directory on disk, and tmpfs
 ``writers.py``       writer processes
 ``qemu.py``          QEMU's filter, driven in three ways
+``servers.py``       NBD servers
 ``interpreter.py``   interpreters with cached bytecode
 ``system_calls.py``  the system calls of a run of writes, counted by strace
 
-``python -m tools.bench`` from the checkout runs all of it, in less than six minutes; ``--quick`` in less than one.
+``python -m tools.bench`` from the checkout runs all of it, in less than eight minutes; ``--quick`` in less than two.
 
 How to read it
 --------------

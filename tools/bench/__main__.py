@@ -1,7 +1,7 @@
 """Measure, and print a table with ratios, targets and the machine.
 
-    python -m tools.bench                    everything, less than six minutes
-    python -m tools.bench --quick            less of everything, less than one minute
+    python -m tools.bench                    everything, less than eight minutes
+    python -m tools.bench --quick            less of everything, less than two minutes
     python -m tools.bench --only hot         this one; may be given several times
     python -m tools.bench --dir /mnt/disk    where the disk is measured (default: the directory for temporary files)
     python -m tools.bench --json             one JSON object
@@ -30,7 +30,7 @@ from tools.bench.figure import Figure
 from tools.bench.plan import Plan
 from tools.bench.table import print_table
 
-MEASUREMENTS = ("hot", "first_touch", "copying", "backup", "drained", "memory", "imports")
+MEASUREMENTS = ("hot", "first_touch", "copying", "backup", "drained", "nbd", "memory", "imports")
 
 
 def run(plan: Plan, names: Sequence[str], figures: list[Figure], busy: dict[str, float]) -> list[str]:

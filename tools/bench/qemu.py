@@ -157,7 +157,7 @@ def fio_timed(source: Path, target: Path, offsets: Sequence[int], pause_ns: int)
     script = target.with_suffix(".iolog")
     lines = ["fio version 2 iolog", "nbd add", "nbd open", *(f"nbd write {offset} {BLOCK}" for offset in offsets)]
     script.write_text("\n".join([*lines, "nbd close", ""]))
-    with _daemon(source, target) as socket:
+    with daemon(source, target) as socket:
         command = ["fio", "--name=writes", "--ioengine=nbd", f"--uri=nbd+unix:///e?socket={socket}", "--iodepth=1"]
         command += [f"--read_iolog={script}", f"--thinktime={pause_ns // 1000}", f"--size={source.stat().st_size}"]
         command += ["--clat_percentiles=0", "--lat_percentiles=1", "--percentile_list=50:99:99.9"]
@@ -173,15 +173,19 @@ def fio_timed(source: Path, target: Path, offsets: Sequence[int], pause_ns: int)
 
 
 @contextmanager
-def _daemon(source: Path, target: Path) -> Iterator[Path]:
-    """qemu-storage-daemon with the filter as NBD export "e", and its socket."""
+def daemon(source: Path, target: Path, *, snapshot: bool = False) -> Iterator[Path]:
+    """qemu-storage-daemon with the filter as NBD export "e", or with its snapshot as that, and its socket."""
     socket = target.with_suffix(".nbd")
     command = ["qemu-storage-daemon"]
     for name, path in (("source", source), ("target", target)):
         command += ["--blockdev", f"driver=file,node-name={name},filename={path}"]
     command += ["--blockdev", "driver=copy-before-write,node-name=filter,file=source,target=target"]
     command += ["--nbd-server", f"addr.type=unix,addr.path={socket}"]
-    command += ["--export", "type=nbd,id=e,node-name=filter,name=e,writable=on"]
+    if snapshot:
+        command += ["--blockdev", "driver=snapshot-access,node-name=access,file=filter"]
+        command += ["--export", "type=nbd,id=e,node-name=access,name=e"]
+    else:
+        command += ["--export", "type=nbd,id=e,node-name=filter,name=e,writable=on"]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + START_TIMEOUT_S
