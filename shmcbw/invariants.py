@@ -94,13 +94,13 @@ def _snapshots(segment: Segment) -> Iterator[Violation]:
         state = state_of(segment, index)
         if state not in states.NAMES:
             yield Violation("I4", f"snapshot {index}: unknown state {state}")
-        elif state == states.ACTIVE:
-            yield from _active(segment, index)
+        elif state in states.LIVE:
+            yield from _live(segment, index)
         if state in (states.ACTIVE, states.COMPLETE) and not counts(segment, index):
             yield Violation("I9", f"snapshot {index}: its group is not committed")
 
 
-def _active(segment: Segment, index: int) -> Iterator[Violation]:
+def _live(segment: Segment, index: int) -> Iterator[Violation]:
     geometry = segment.geometry
     serial = segment.snapshot(index, Snapshot.serial)
     try:
@@ -112,6 +112,7 @@ def _active(segment: Segment, index: int) -> Iterator[Violation]:
         cut = segment.snapshot(index, Snapshot.cut_epoch)
         lost = _core.find_uncopied(segment.memory, geometry.epoch_map_offset, bitmap.memory, geometry.clusters, cut)
         if lost is not None and state_of(segment, index) == states.ACTIVE:
+            # Of one that follows, what is not copied yet is in the snapshot that it follows.
             yield Violation("I1", f"snapshot {index}: cluster {lost} was written and not copied")
         histogram = _core.histogram(bitmap.memory, 0, geometry.clusters)
         for value in range(1, COPIED):
@@ -131,7 +132,7 @@ def _target(segment: Segment, index: int) -> Iterator[Violation]:
     try:
         status = os.stat(path)
     except OSError as error:
-        if state_of(segment, index) == states.ACTIVE:
+        if state_of(segment, index) in states.LIVE:
             yield Violation("I2", f"snapshot {index}: target {path}: {error.strerror}")
         return
     if not stat.S_ISREG(status.st_mode) or Identity.of(status) != expected:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from .clusters import CLUSTER_SIZE_MAX, CLUSTER_SIZE_MIN, cluster_count
 
 MAGIC = int.from_bytes(b"shmcbw\r\n", "little")
-VERSION = 2
+VERSION = 3
 
 SNAPSHOT_COUNT = 8
 GROUP_MEMBERS_MAX = 128
@@ -131,6 +131,8 @@ class Snapshot:
     cut_epoch = Word(32, 4, "coordinator", "status", "the odd epoch of the cut")
     cut_time_ns = Word(40, 8, "coordinator", "status", "wall clock")
     drained_ns = Word(48, 8, "coordinator", "status", "length of the drained section")
+    source = Word(56, 4, "coordinator", "workers", "serial of the snapshot that it backs up; 0: the image")
+    discard_source = Word(60, 4, "coordinator", "workers", "1: what is copied is let go of in that snapshot")
     broken = Word(64, 8, "compare-and-swap", "all", "sticky error: errno 12 bits | epoch tag 20 | cluster 32")
     broken_time_ns = Word(72, 8, "whoever broke it", "status", "wall clock")
     background_error = Word(

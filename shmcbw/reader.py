@@ -345,18 +345,18 @@ class SnapshotReader:
 
     # -- letting go ------------------------------------------------------------------------------------------------
 
-    def discard(self, count: int, offset: int) -> int:
+    def discard(self, count: int, offset: int, *, wait_s: float = _DISCARD_WAIT_S) -> int:
         """Let go of the whole clusters inside a range: writers need not have them copied, reads of them fail (EACCES).
 
         Returns the bytes that this call has let go; their space in the target is given back.  Part of a cluster is
-        none: nothing happens, successfully.  A cluster that is being copied right now is waited for, at most a second;
-        one that hangs longer stays.  SnapshotInaccessibleError (EPERM) for the snapshot of a backup: it would finish
-        with holes.
+        none: nothing happens, successfully.  A cluster that is being copied right now is waited for, at most ``wait_s``
+        seconds; one that hangs longer stays.  SnapshotInaccessibleError (EPERM) for the snapshot of a backup: it would
+        finish with holes.
         """
         call = self._enter("discard", count, offset)
         try:
             geometry = self._segment.geometry
-            return self._let_go([inward(offset, count, geometry.cluster_size, geometry.image_size)])
+            return self._let_go([inward(offset, count, geometry.cluster_size, geometry.image_size)], wait_s)
         finally:
             self._leave(call)
 
@@ -374,15 +374,15 @@ class SnapshotReader:
                 if length:
                     gaps.append((end, max(first, end)))
                     end = max(stop, end)
-            return self._let_go([*gaps, (end, self._segment.geometry.clusters)])
+            return self._let_go([*gaps, (end, self._segment.geometry.clusters)], _DISCARD_WAIT_S)
         finally:
             self._leave(call)
 
-    def _let_go(self, ranges: Iterable[tuple[int, int]]) -> int:
+    def _let_go(self, ranges: Iterable[tuple[int, int]], wait_s: float) -> int:
         """Let clusters go, in ranges of (first, end): how many bytes."""
         if self._is_backup:
             raise SnapshotInaccessibleError(errno.EPERM, "nothing can be discarded from a backup that is being made")
-        deadline = time.monotonic() + _DISCARD_WAIT_S
+        deadline = time.monotonic() + wait_s
         total = 0
         for position, end in ranges:
             while position < end:
@@ -479,7 +479,7 @@ def _open(image: str | os.PathLike[str], snapshot: int | str | os.PathLike[str] 
     target_fd = -1
     try:
         index, serial = _find(segment, os.fspath(image), snapshot)
-        target_fd = _open_target(segment, index)
+        target_fd = open_snapshot_target(segment, index)
         reader = _OpenedReader(segment, index, serial, file, target_fd)
         try:
             # All of it was of one snapshot only if the entry still is that one's.
@@ -516,7 +516,8 @@ def _find(segment: Segment, image: str, wanted: int | str | os.PathLike[str] | N
     raise NoSnapshotError(f"{image}: {what}; its snapshots: {which}")
 
 
-def _open_target(segment: Segment, index: int) -> int:
+def open_snapshot_target(segment: Segment, index: int) -> int:
+    """The file that a snapshot's old data goes to, writable if we may: what is discarded gives its space back."""
     path = target_path(segment, index)
     expected = Identity(segment.snapshot(index, Snapshot.target_device), segment.snapshot(index, Snapshot.target_inode))
     try:

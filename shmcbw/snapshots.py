@@ -54,7 +54,7 @@ def store_first_error(segment: Segment, index: int, word: Word, odd_epoch: int, 
 
 
 def break_snapshot(segment: Segment, index: int, serial: int, number: int, cluster: int) -> None:
-    """Break an active snapshot: from when this returns, no read of it succeeds and no write waits for it.
+    """Break an active or following snapshot: from when this returns, no read of it succeeds and no write waits for it.
 
     The sticky error comes first (the first one wins), then the state, then the caller may store data: a reader that
     saw the data sees the error at its second look.  Died in between: the error alone already fails every read, and
@@ -62,7 +62,7 @@ def break_snapshot(segment: Segment, index: int, serial: int, number: int, clust
     while the entry was used again breaks nothing.
     """
     word = segment.snapshot(index, Snapshot.state)
-    if word & 0xFFFFFFFF != states.ACTIVE or segment.snapshot(index, Snapshot.serial) != serial:
+    if word & 0xFFFFFFFF not in states.LIVE or segment.snapshot(index, Snapshot.serial) != serial:
         return
     odd = word >> 32
     if store_first_error(segment, index, Snapshot.broken, odd, number, cluster):

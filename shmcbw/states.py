@@ -7,8 +7,11 @@
     PREPARED    ACTIVE      the coordinator, in the drained section: this is the cut (compare-and-swap)
     PREPARED    ABANDONED   a gated writer or the coordinator, at the drained section's limit (compare-and-swap)
     any         ABANDONED   the coordinator, before it removes an unfinished target: given up, and nothing lost
+    PREPARING   FOLLOWING   the coordinator: it shows the cut of another snapshot, and writers need not know of it
     ACTIVE      BROKEN      whoever broke it, after the sticky error was stored (compare-and-swap)
     ACTIVE      COMPLETE    the coordinator: every byte is >= COPIED, nobody can break it any more (compare-and-swap)
+    FOLLOWING   BROKEN      as ACTIVE; the coordinator, too, when the snapshot that it follows is broken or gone
+    FOLLOWING   COMPLETE    as ACTIVE
     any         FREE        the coordinator: dropped, finished or given up
 
 The state word carries the odd epoch of its cut above the state: a compare-and-swap of one cut can't hit another.
@@ -24,6 +27,10 @@ BROKEN = 4
 ABANDONED = 5
 COMPLETE = 6
 CREATING = 7
+FOLLOWING = 8
+
+#: It has a cut, and is neither complete nor broken.
+LIVE = frozenset({ACTIVE, FOLLOWING})
 
 NAMES = {
     FREE: "free",
@@ -34,6 +41,7 @@ NAMES = {
     ABANDONED: "abandoned",
     COMPLETE: "complete",
     CREATING: "creating",
+    FOLLOWING: "following",
 }
 
 BREAK_SNAPSHOT = 0

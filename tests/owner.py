@@ -1,10 +1,11 @@
 """A coordinator in a process of its own, driven by lines of JSON: ``python -m tests.owner IMAGE [IMAGE...]``.
 
-Commands: {"do": "backup", "target", "speed"?, "cbw_timeout"?, "how"?}, {"do": "snapshot", "scratch", "cbw_timeout"?},
-{"do": "bitmap", "call", "with", "how"}; of all jobs {"do": "speed", "speed"}, {"do": "pause"}, {"do": "resume"},
-{"do": "cancel"}, {"do": "wait"}, {"do": "results"} and {"do": "statuses"}; {"do": "read"}, {"do": "resize", "size"},
-{"do": "drop"}, {"do": "close"}, {"do": "jobs"}, {"do": "verb", "target", "verb", "with"?} (of one job), and with
-several images {"do": "group", "targets", "speeds"?, "together"?, "how"?}: the others then are about all of them.
+Commands: {"do": "backup", "target", "speed"?, "cbw_timeout"?, "of_snapshot"?, "how"?},
+{"do": "snapshot", "scratch", "cbw_timeout"?}, {"do": "bitmap", "call", "with", "how"}; of all jobs
+{"do": "speed", "speed"}, {"do": "pause"}, {"do": "resume"}, {"do": "cancel"}, {"do": "wait"}, {"do": "results"} and
+{"do": "statuses"}; {"do": "read"}, {"do": "resize", "size"}, {"do": "drop"}, {"do": "close"}, {"do": "jobs"},
+{"do": "verb", "target", "verb", "with"?} (of one job), and with several images {"do": "group", "targets", "speeds"?,
+"together"?, "how"?}: the others then are about all of them.
 Each is answered by {"ok": …} or {"error": type, "message": …}.  It may be killed at any moment.  Its drained sections
 last for OWNER_DRAIN_LIMIT_S (environment) at most, 2 s if that is not set; OWNER_STATE_DIR: for bitmaps.
 """
@@ -101,6 +102,7 @@ def _do(coordinators: list[Coordinator], command: dict[str, Any]) -> Any:
     timeout = command.get("cbw_timeout", 20)
     if action == "backup":
         how = {"speed": command.get("speed", 0), **command.get("how", {})}
+        how |= {"source": snapshots[-1]} if command.get("of_snapshot") else {}
         return coordinators[0].backup(command["target"], cbw_timeout=timeout, **how).id
     if action == "bitmap":
         found = getattr(coordinators[0].bitmaps, command["call"])(*command.get("with", []), **command.get("how", {}))

@@ -113,6 +113,8 @@ class Entry:
     #: Its manifest and its bitmap; None if it has neither.
     increment: Increment | None = None
     job_id: str | None = None
+    #: Serial number of the snapshot that it backs up; 0: the image.
+    source: int = 0
 
 
 class CoordinatorSnapshot(SnapshotReader):
@@ -377,14 +379,14 @@ class Coordinator:
         entry = self._find_entry(index)
         if entry is None:
             return
-        if state not in (states.ACTIVE, states.BROKEN, states.COMPLETE):
+        if state not in (*states.LIVE, states.BROKEN, states.COMPLETE):
             self._release_entry(entry)
             return
         if not counts:
             log.error("the snapshot to %s ends: the cut of its group was not completed", entry.target.path)
             self._release_entry(entry)
             return
-        if state == states.ACTIVE and not _is_cut(segment, entry):
+        if state in states.LIVE and not _is_cut(segment, entry):
             damage_snapshot(segment, index, entry.odd_epoch)
         self._entries[index] = entry
         if segment.snapshot(index, Snapshot.job):
@@ -434,6 +436,7 @@ class Coordinator:
                 odd_epoch=word >> 32,
                 complete=complete,
                 increment=Increment.adopt(self.bitmaps, segment, index),
+                source=segment.snapshot(index, Snapshot.source),
             )
         except (OSError, ShmcbwError) as error:
             if target is not None:
@@ -446,7 +449,7 @@ class Coordinator:
         """A dead coordinator's snapshot can't go on: drop it, and say so in a job that has failed."""
         segment = self._segment
         log.error("the unfinished %s can't be taken over: %s", target.working_path, error)
-        taken = state_of(segment, index) in (states.ACTIVE, states.BROKEN, states.COMPLETE)
+        taken = state_of(segment, index) in (*states.LIVE, states.BROKEN, states.COMPLETE)
         if taken and segment.snapshot(index, Snapshot.job):
             number = error.errno if isinstance(error, OSError) else None
             message = f"the unfinished backup to {target.path} can't be taken over: {error}"
@@ -504,6 +507,8 @@ class Coordinator:
         on_target_error: str = "report",
         max_workers: int = 64,
         max_chunk: int = 0,
+        source: CoordinatorSnapshot | None = None,
+        discard_source: bool = False,
         quiesce: Quiesce | None = None,
     ) -> Job:
         """Start a backup; returns when the cut is taken: what was written before is in it, what comes later is not.
@@ -528,6 +533,9 @@ class Coordinator:
         report), "auto" (the same).  max_workers: workers that copy for it in the background at once.  max_chunk: bytes
         of a background copy, 0 for no limit.
 
+        source: back up this snapshot instead of the image: no cut is taken, the backup shows that of the snapshot, and
+        no writer waits for its target.  discard_source: let go, in the snapshot, of what is copied (`fleecing.py`).
+
         TargetRefusedError, CutAbandonedError, NoFreeSnapshotError, BitmapError: nothing has changed.
         """
         backup = Backup(
@@ -549,6 +557,8 @@ class Coordinator:
             on_target_error=on_target_error,
             max_workers=max_workers,
             max_chunk=max_chunk,
+            source=source,
+            discard_source=discard_source,
         )
         with naming(self.path, f"no backup to {os.fspath(target)}"):
             return backup_group([backup], quiesce=quiesce)[0]
@@ -667,6 +677,8 @@ class Coordinator:
         with self._lock:
             self.check_open()
             self._look_for_damage()
+            if request.source is not None:
+                self._check_source(request.source)
             index = self._free_index()
             path = resolve(request.target)
             increment = Increment.plan(
@@ -698,6 +710,7 @@ class Coordinator:
                 background = int(request.sync != "none" and not (increment and increment.filters))
                 entry = Entry(index, serial, file, bitmap, seal, request.speed, background)
                 entry.increment, entry.job_id = increment, job_id
+                entry.source = request.source.serial if request.source is not None else 0
                 self._prepared[index] = entry
                 return entry
             except BaseException:
@@ -718,6 +731,44 @@ class Coordinator:
         self._entries[entry.index] = self._prepared.pop(entry.index)
         self.bitmaps.note_boundary(entry.odd_epoch)
         self._pool.wake()
+
+    def follow(self, entry: Entry) -> None:
+        """A backup of a snapshot shows that one's cut; no writer has to know of it.  The caller holds the lock.
+
+        If the snapshot is not there any more it is broken at the next look.
+        """
+        segment, index = self._segment, entry.index
+        source = self._source_of(entry)
+        entry.cut, entry.odd_epoch = (source.cut, source.odd_epoch) if source is not None else (NO_CUT, 1)
+        segment.set_snapshot(index, Snapshot.cut_epoch, entry.odd_epoch)
+        segment.set_snapshot(index, Snapshot.cut_time_ns, entry.cut.time_ns)
+        segment.set_snapshot(index, Snapshot.drained_ns, entry.cut.drained_ns)
+        segment.set_snapshot(index, Snapshot.state, states.state_word(states.FOLLOWING, entry.odd_epoch))
+        self._entries[index] = self._prepared.pop(index)
+        self._pool.wake()
+
+    def _check_source(self, source: CoordinatorSnapshot) -> None:
+        """Whether a snapshot can be backed up; SnapshotBrokenError, ClosedError."""
+        if source.broken is not None:
+            raise source.broken
+        if source.serial not in {snapshot.serial for snapshot in self._snapshots.values()}:
+            raise ClosedError(f"the snapshot is closed, or none of {self.path}")
+
+    def _source_of(self, entry: Entry) -> Entry | None:
+        """The entry of the snapshot that a backup follows, if it still is there."""
+        found = [each for each in self._entries.values() if each.serial == entry.source]
+        return found[0] if found else None
+
+    def _look_at_source(self, entry: Entry) -> None:
+        """A backup of a snapshot can't be right any more when that is broken, or gone, before all is copied."""
+        if entry.source and state_of(self._segment, entry.index) == states.FOLLOWING:
+            source = self._source_of(entry)
+            error = broken_error(self._segment, source.index) if source is not None else None
+            if error is not None:
+                number = error.errno or errno.EIO
+                break_snapshot(self._segment, entry.index, entry.serial, number, error.cluster)
+            elif source is None:
+                break_snapshot(self._segment, entry.index, entry.serial, errno.ESTALE, 0)
 
     def discard(self, entry: Entry) -> None:
         """There was no cut, or nobody wants it any more."""
@@ -779,6 +830,8 @@ class Coordinator:
                 Snapshot.target_inode: file.identity.inode,
                 Snapshot.job: int(request.job),
                 Snapshot.overwrite: int(file.overwrite),
+                Snapshot.source: request.source.serial if request.source is not None else 0,
+                Snapshot.discard_source: int(request.discard_source),
                 Snapshot.cut_time_ns: 0,
                 Snapshot.drained_ns: 0,
             }
@@ -905,10 +958,11 @@ class Coordinator:
             self._slots_looked_s = now
             self._see_to("the slots", self._reap_slots)
         for entry in list(self._entries.values()):
+            self._look_at_source(entry)
             self._complete_break(entry)
             # No worker could open the target: nobody will copy, so nobody shall wait.
             refusal = self._pool.refusal(entry.index, entry.serial)
-            if refusal and state_of(self._segment, entry.index) == states.ACTIVE:
+            if refusal and state_of(self._segment, entry.index) in states.LIVE:
                 break_snapshot(self._segment, entry.index, entry.serial, refusal, 0)
         unsettled: set[JobTransaction] = set()
         for job in self.job_table.jobs:
@@ -975,7 +1029,7 @@ class Coordinator:
         segment = self._segment
         word, histogram = segment.snapshot(entry.index, Snapshot.state), entry.bitmap.histogram()
         done = not entry.bitmap.counts(histogram).open
-        if word & 0xFFFFFFFF != states.ACTIVE:
+        if word & 0xFFFFFFFF not in states.LIVE:
             whole = damage.of_bytes(histogram, segment.geometry.worker_count, full=sync == "full") is None
             if not (entry.complete and done and whole):
                 self._break_damaged(entry, "it is not complete")
@@ -998,7 +1052,7 @@ class Coordinator:
 
     def _look_at_bytes(self, entry: Entry, histogram: list[int], *, full: bool) -> None:
         """Break a snapshot whose cluster bytes can't be, and give claims back that nobody has."""
-        if state_of(self._segment, entry.index) != states.ACTIVE:
+        if state_of(self._segment, entry.index) not in states.LIVE:
             return
         found = damage.of_bytes(histogram, self._segment.geometry.worker_count, full=full)
         if found is not None:
@@ -1020,7 +1074,7 @@ class Coordinator:
     def _complete_break(self, entry: Entry) -> None:
         """Whoever stored the sticky error may have died before it changed the state."""
         word = self._segment.snapshot(entry.index, Snapshot.state)
-        if word & 0xFFFFFFFF == states.ACTIVE and broken_error(self._segment, entry.index) is not None:
+        if word & 0xFFFFFFFF in states.LIVE and broken_error(self._segment, entry.index) is not None:
             broken = states.state_word(states.BROKEN, word >> 32)
             self._segment.exchange_snapshot(entry.index, Snapshot.state, word, broken)
             wake_all(self._segment)

@@ -12,8 +12,10 @@ half written stays PENDING and is copied again from a source that could not chan
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
+import functools
 import os
 import signal
 import sys
@@ -33,6 +35,7 @@ from shmcbw.slots import lives_any_writer
 from shmcbw.snapshots import break_snapshot, marked_uncopied, store_first_error, target_path
 
 from .copying import Copied, Source, copy_run
+from .fleecing import SnapshotSource
 from .manifest import PARTIAL_SUFFIX, Manifest, sidecar
 from .starting import failed_start_status
 from .targets import open_unfinished
@@ -71,6 +74,7 @@ class Target:
     skip_holes: bool
     manifest_fd: int  # -1: no checksums
     in_place: bool
+    snapshot: SnapshotSource | None  # what is copied; None: the image
     exhausted_at: tuple[int, int] = (-1, -1)  # the cursor and the round in which nothing was left to copy,
     exhausted_until_ns: int = 0  # believed until then: both are hints
     ns_per_byte: float = 20.0  # before the first measurement: begin with small chunks
@@ -201,7 +205,7 @@ class CopyWorker:
         """
         segment, index = self.segment, target.index
         word = segment.snapshot(index, Snapshot.state)
-        if word & 0xFFFFFFFF != states.ACTIVE or segment.snapshot(index, Snapshot.serial) != target.serial:
+        if word & 0xFFFFFFFF not in states.LIVE or segment.snapshot(index, Snapshot.serial) != target.serial:
             return False
         if _core.find_byte(target.bitmap.memory, 0, self.clusters, PENDING) == self.clusters:
             return False
@@ -229,7 +233,7 @@ class CopyWorker:
             state = self.segment.snapshot(index, Snapshot.state) & 0xFFFFFFFF
             serial = self.segment.snapshot(index, Snapshot.serial)
             target = self.targets.get(index)
-            wanted = state in (states.PREPARING, states.PREPARED, states.ACTIVE)
+            wanted = state in (states.PREPARING, states.PREPARED, *states.LIVE)
             if target is not None and (not wanted or target.serial != serial):
                 self._let_go(target)
             if wanted and index not in self.targets:
@@ -246,16 +250,19 @@ class CopyWorker:
             )
             # Opened once and kept: a write error that the kernel notices late is reported to this descriptor.
             fd = open_unfinished(target_path(self.segment, index), expected, self.source.size_bytes)
-            try:
+            with contextlib.ExitStack() as undo:
+                undo.callback(close_descriptor, fd)
                 bitmap = Bitmap.attach(self.segment, serial)
+                undo.callback(bitmap.close)
+                snapshot = SnapshotSource.open(self.segment, index, self.source.file)
+                if snapshot is not None:
+                    undo.callback(snapshot.close)
                 manifest_fd = self._open_manifest(index, expected)
-            except BaseException:
-                close_descriptor(fd)
-                raise
+                undo.pop_all()
             self.copier.attach_bitmap(index, serial, bitmap.memory)
             skip_holes = self.segment.snapshot(index, Snapshot.sync) == states.SYNC_TOP
             in_place = bool(self.segment.snapshot(index, Snapshot.in_place))
-            self.targets[index] = Target(index, serial, fd, bitmap, skip_holes, manifest_fd, in_place)
+            self.targets[index] = Target(index, serial, fd, bitmap, skip_holes, manifest_fd, in_place, snapshot)
         except OSError as error:
             number = error.errno or errno.EIO
         self._reach(_OPENED)
@@ -284,6 +291,8 @@ class CopyWorker:
         close_descriptor(target.fd)
         if target.manifest_fd >= 0:
             close_descriptor(target.manifest_fd)
+        if target.snapshot is not None:
+            target.snapshot.close()
         # From here on this worker writes nothing into it (`Pool.wait_let_go`).
         ready = self.segment.geometry.worker(self.worker_id, Worker.ready_serial) + 4 * target.index
         _core.store_u32(self.segment.memory, ready, 0)
@@ -341,7 +350,7 @@ class CopyWorker:
         segment, index = self.segment, target.index
         word = segment.snapshot(index, Snapshot.state)
         if (
-            word & 0xFFFFFFFF != states.ACTIVE
+            word & 0xFFFFFFFF not in states.LIVE
             or segment.snapshot(index, Snapshot.serial) != target.serial
             or not segment.snapshot(index, Snapshot.background)
             or states.split_error(segment.snapshot(index, Snapshot.background_error), word >> 32) is not None
@@ -411,8 +420,9 @@ class CopyWorker:
     def _chunk_clusters(self, target: Target, first: int) -> int:
         """How much to take at once: a few milliseconds of writing; of a hole, many clusters."""
         offset = first * self.cluster_size
+        source = target.snapshot or self.source
         try:
-            hole = (self.source.data_from(offset) - offset) // self.cluster_size
+            hole = (source.data_from(offset) - offset) // self.cluster_size
         except OSError:
             # It will fail again where the copy is made, and there it is the job's error.
             hole = 0
@@ -466,8 +476,11 @@ class CopyWorker:
 
     def _copy(self, target: Target, first: int, end: int, state: int) -> Copied:
         """Copy and publish a claimed run, give back what failed, and wake who waits for any of it (I2)."""
-        copied = copy_run(
-            self.source,
+        if target.snapshot is not None:
+            copy = target.snapshot.copy_run
+        else:
+            copy = functools.partial(copy_run, self.source, in_place=target.in_place)
+        copied = copy(
             target.fd,
             first,
             end,
@@ -476,7 +489,6 @@ class CopyWorker:
             skip_holes=target.skip_holes,
             before_write=self._before_write,
             manifest_fd=target.manifest_fd,
-            in_place=target.in_place,
         )
         self._reach(_COPIED)
         memory = target.bitmap.memory
@@ -493,6 +505,8 @@ class CopyWorker:
             if cursor > copied.failed_cluster:
                 self.segment.exchange_snapshot(target.index, Snapshot.cursor, cursor, copied.failed_cluster)
         self._reach(_PUBLISHED)
+        if target.snapshot is not None:
+            target.snapshot.let_go(copied.runs)
         for slot in self.copier.sleepers(first, end):
             self.segment.wake_slot(slot)
         self._reach(_WOKE)

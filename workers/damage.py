@@ -91,7 +91,7 @@ def of_entry(segment: Segment, entry: Entry) -> str | None:
     if entry.complete:
         return None
     word = segment.snapshot(entry.index, Snapshot.state)
-    if word not in (states.state_word(state, entry.odd_epoch) for state in (states.ACTIVE, states.BROKEN)):
+    if word not in (states.state_word(state, entry.odd_epoch) for state in (*states.LIVE, states.BROKEN)):
         return f"its state is {word:#x}"
     if seal_of(segment, entry) != entry.seal:
         return "a word that does not change has changed"

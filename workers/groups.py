@@ -25,7 +25,7 @@ from shmcbw.epochs import epoch
 from shmcbw.layout import GROUP_MEMBERS_MAX
 
 from .completion import JobTransaction
-from .cut import take_cut
+from .cut import NO_CUT, take_cut
 from .error_actions import ACTIONS, REPORT
 from .jobs import Job
 
@@ -62,6 +62,8 @@ class Request:
     max_workers: int = 64
     max_chunk: int = 0
     transaction: JobTransaction | None = None
+    source: CoordinatorSnapshot | None = None
+    discard_source: bool = False
 
     job: ClassVar[bool]
 
@@ -83,6 +85,10 @@ class Request:
             raise ValueError("max-workers must be between 1 and 2147483647")
         if not 0 <= self.max_chunk < 1 << 62:
             raise ValueError("max-chunk must be zero (which means no limit) or positive")
+        if self.source is not None and self.bitmap is not None:
+            raise ValueError("a backup of a snapshot can't have a bitmap: bitmaps are of the image")
+        if self.discard_source and self.source is None:
+            raise ValueError("discard-source would discard the image itself: only a snapshot can be let go of")
         cluster_size = self.coordinator.segment.geometry.cluster_size
         if 0 < self.max_chunk < cluster_size:
             raise ValueError(f"Required max-chunk ({self.max_chunk}) is less than backup cluster size ({cluster_size})")
@@ -141,13 +147,17 @@ def take_group(
                 owner.check_open()
                 owner.put_right()
             members = list(zip(requests, entries, strict=True))
-            places = [(request.coordinator.segment, entry.index) for request, entry in members]
+            # A backup of a snapshot has its cut already.
+            places = [(each.coordinator.segment, entry.index) for each, entry in members if each.source is None]
             limit_s = min(owner.drain_limit_s for owner in owners.values())
-            cut = take_cut(places, limit_s, [owner.segment for owner in also])
+            cut = take_cut(places, limit_s, [owner.segment for owner in also]) if places or also else NO_CUT
             for owner in also:
                 owner.bitmaps.note_boundary(epoch(owner.segment) - 1)
             for request, entry in members:
-                request.coordinator.activate(entry, cut)
+                if request.source is None:
+                    request.coordinator.activate(entry, cut)
+                else:
+                    request.coordinator.follow(entry)
             taken = True
         if not taken:
             raise RuntimeError("quiesce has swallowed the error for which no cut was taken")

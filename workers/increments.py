@@ -294,7 +294,7 @@ class Increment:
         """Have nobody write into the target any more; False if somebody hangs.  Nobody copies for a BROKEN snapshot."""
         segment = self._segment
         word = segment.snapshot(index, Snapshot.state)
-        if word & 0xFFFFFFFF in (states.ACTIVE, states.COMPLETE):
+        if word & 0xFFFFFFFF in (*states.LIVE, states.COMPLETE):
             segment.exchange_snapshot(index, Snapshot.state, word, states.state_word(states.BROKEN, word >> 32))
             wake_all(segment)
         return pool.wait_let_go(index, int(self.user), REST_WAIT_S)

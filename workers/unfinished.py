@@ -107,7 +107,7 @@ def _entries(memory: mmap.mmap, geometry: Geometry) -> list[Unfinished]:
             Unfinished(
                 os.fsdecode(path),
                 identity if whole else None,
-                state in (states.ACTIVE, states.BROKEN, states.COMPLETE),
+                state in (*states.LIVE, states.BROKEN, states.COMPLETE),
                 bool(_number(memory, base, Snapshot.job)),
                 bool(_number(memory, base, Snapshot.in_place)),
                 _number(memory, base, Snapshot.cut_time_ns),

@@ -422,6 +422,24 @@ def test_what_gives_way_when_old_data_cannot_be_copied(
     same(sides, script)
 
 
+def test_a_snapshot_is_the_source_of_a_backup(sides: tuple[Ours, Theirs]) -> None:
+    def script(side: Side) -> Any:
+        side.add_snapshot("break-guest-write", timeout=0, fault="")
+        assert side.write(3) and side.write(8, 0x22)
+        target = side.target()
+        arguments = {"device": "access", "target": "t", "sync": "full", "auto-finalize": False}
+        side.ask("blockdev-backup", **arguments)
+        side.ask("blockdev-backup", **arguments, **{"job-id": "j", "bitmap": "b", "bitmap-mode": "always"})
+        side.ask("blockdev-backup", **arguments, **{"job-id": "j"})
+        side.wait("j", "pending")
+        assert side.write(9, 0x33)
+        side.ask("job-finalize", id="j")
+        side.wait("j", "null")
+        return target.read_bytes()
+
+    assert same(sides, script) == random.Random(1).randbytes(SIZE)
+
+
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 

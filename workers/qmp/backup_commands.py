@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..completion import JobTransaction
-from ..coordinator import Coordinator
+from ..coordinator import Coordinator, CoordinatorSnapshot
 from ..groups import Backup, take_group
 from ..manifest import sidecar
-from ..nodes import Graph, JobNodes, Node, Served, busy, well_formed
+from ..nodes import AccessNode, Graph, JobNodes, Node, Served, busy, well_formed
 from .desk import Arguments, Desk, Handler
 from .schema import QMPError
 
@@ -46,14 +46,13 @@ def plan_backup(
     """
     graph = desk.graph
     source, target = graph.find(options["device"]), graph.find(options["target"])
-    if source.driver not in ("file", "host_device", "raw"):
-        raise QMPError(f"node '{source.name}' ({source.driver}) is no image that can be backed up")
+    check_source(source)
     served = graph.image(source)
     if source is target or source.file().identity() == target.file().identity():
         raise QMPError("Source and target cannot be the same")
     if options.get("compress", False):
         raise QMPError("Compression is not supported for this drive ")
-    if options.get("discard-source", False):
+    if options.get("discard-source", False) and not isinstance(source, AccessNode):
         raise QMPError("discard-source would discard the image itself: only a snapshot can be let go of")
     _check_target(graph, source, target, planned)
     perf = options.get("x-perf", {})
@@ -81,8 +80,15 @@ def plan_backup(
         raise QMPError(f"Job ID '{job_id}' already in use")
     if options.get("speed", 0) < 0:
         raise QMPError("Parameter 'speed' expects a non-negative value")
-    backup = _backup(served, target.file().path, job_id, options, transaction)
+    snapshot = source.snapshot if isinstance(source, AccessNode) else None
+    backup = _backup(served, target.file().path, job_id, options, transaction, snapshot)
     return Plan(served, backup, JobNodes(job_id, source, target, filter_name))
+
+
+def check_source(source: Node) -> None:
+    """Whether a node can be backed up: an image, or a snapshot.  QMPError."""
+    if source.driver not in ("file", "host_device", "raw", "snapshot-access"):
+        raise QMPError(f"node '{source.name}' ({source.driver}) is no image that can be backed up")
 
 
 def _check_target(graph: Graph, source: Node, target: Node, planned: tuple[Plan, ...]) -> None:
@@ -95,7 +101,14 @@ def _check_target(graph: Graph, source: Node, target: Node, planned: tuple[Plan,
         raise QMPError("Block node is read-only")
 
 
-def _backup(served: Served, path: str, job_id: str, options: Arguments, transaction: JobTransaction | None) -> Backup:
+def _backup(
+    served: Served,
+    path: str,
+    job_id: str,
+    options: Arguments,
+    transaction: JobTransaction | None,
+    snapshot: CoordinatorSnapshot | None,
+) -> Backup:
     sync = options["sync"]
     perf = options.get("x-perf", {})
     by_bitmap = sync in ("bitmap", "incremental")
@@ -119,6 +132,8 @@ def _backup(served: Served, path: str, job_id: str, options: Arguments, transact
         max_workers=min(perf.get("max-workers", 64), MAX_WORKERS),
         max_chunk=perf.get("max-chunk", 0),
         transaction=transaction,
+        source=snapshot,
+        discard_source=options.get("discard-source", False),
     )
 
 
@@ -145,9 +160,16 @@ def check_bitmap(desk: Desk, options: Arguments) -> None:
     """Whether sync, bitmap and bitmap-mode of a backup go together; QMPError, BitmapError."""
     graph = desk.graph
     source, _ = graph.find(options["device"]), graph.find(options["target"])
-    if source.driver in ("file", "host_device", "raw"):
-        bitmaps = graph.image(source).coordinator.bitmaps
-        bitmaps.check_job(options["sync"], options.get("bitmap"), options.get("bitmap-mode"))
+    check_source(source)
+    bitmaps = graph.image(source).coordinator.bitmaps
+    bitmaps.check_job(options["sync"], options.get("bitmap"), options.get("bitmap-mode"))
+    check_no_bitmap(source, options)
+
+
+def check_no_bitmap(source: Node, options: Arguments) -> None:
+    """Bitmaps are of images: a snapshot has none.  QMPError, as QEMU says it of one that the node has not."""
+    if isinstance(source, AccessNode) and "bitmap" in options:
+        raise QMPError(f"Bitmap '{options['bitmap']}' could not be found")
 
 
 def start(desk: Desk, plans: list[Plan], *, also: Sequence[Coordinator] = ()) -> None:

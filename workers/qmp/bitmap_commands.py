@@ -18,7 +18,11 @@ from .schema import QMPError
 def action_of(desk: Desk, command: str, arguments: Arguments) -> tuple[Served, BitmapAction]:
     """The image and the action of a bitmap command's arguments; QMPError."""
     if command == "block-dirty-bitmap-add":
-        return desk.graph.image(desk.graph.find(arguments["node"])), BitmapAction(
+        node = desk.graph.find(arguments["node"])
+        if node.driver in ("copy-before-write", "snapshot-access"):
+            # Taken, it would be found under another node than it was added to.
+            raise QMPError(f"node '{node.name}' ({node.driver}) is no image: add the bitmap to '{node.file().name}'")
+        return desk.graph.image(node), BitmapAction(
             "add",
             arguments["name"],
             granularity=arguments.get("granularity"),

@@ -20,8 +20,9 @@ from shmcbw.errors import BitmapError
 from ..bitmaps import BitmapAction
 from ..completion import JobTransaction
 from ..coordinator import Coordinator
+from ..nodes import Node
 from . import bitmap_commands
-from .backup_commands import Plan, plan_backup, start
+from .backup_commands import Plan, check_no_bitmap, check_source, plan_backup, start
 from .desk import Arguments, Desk, Handler
 from .schema import QMPError
 
@@ -42,13 +43,14 @@ class Prepared:
         self.bitmap_actions[coordinator] = actions
 
     def add_backup(self, desk: Desk, options: Arguments, group: JobTransaction | None) -> None:
-        coordinator = _source(desk, options)
+        source, coordinator = _source(desk, options)
         coordinator.bitmaps.check_job(
             options["sync"],
             options.get("bitmap"),
             options.get("bitmap-mode"),
             after=self.bitmap_actions.get(coordinator, ()),
         )
+        check_no_bitmap(source, options)
         self.plans.append(plan_backup(desk, options, transaction=group, planned=tuple(self.plans)))
 
     def early(self) -> dict[Coordinator, list[BitmapAction]]:
@@ -61,11 +63,10 @@ class Prepared:
         }
 
 
-def _source(desk: Desk, options: Arguments) -> Coordinator:
+def _source(desk: Desk, options: Arguments) -> tuple[Node, Coordinator]:
     source, _ = desk.graph.find(options["device"]), desk.graph.find(options["target"])
-    if source.driver not in ("file", "host_device", "raw"):
-        raise QMPError(f"node '{source.name}' ({source.driver}) is no image that can be backed up")
-    return desk.graph.image(source).coordinator
+    check_source(source)
+    return source, desk.graph.image(source).coordinator
 
 
 def _prepare(desk: Desk, arguments: Arguments) -> Prepared:

@@ -185,7 +185,7 @@ BACKUP_PERF = Object(
 BLOCKDEV_BACKUP = Object(
     "BlockdevBackup",
     optional("job-id", STRING, "begins with a letter; needed unless `device` is the name of a served image"),
-    Member("device", STRING, "node to back up"),
+    Member("device", STRING, "node to back up: an image, or a snapshot-access node"),
     Member("sync", SYNC),
     optional("speed", INTEGER, "background bytes a second, 0: no limit"),
     optional("bitmap", STRING),
@@ -198,7 +198,7 @@ BLOCKDEV_BACKUP = Object(
     optional("auto-finalize", BOOLEAN, "default true"),
     optional("auto-dismiss", BOOLEAN, "default true"),
     optional("filter-node-name", STRING, "name of the node that shows the job's filter"),
-    optional("discard-source", BOOLEAN, "only from a snapshot-access node"),
+    optional("discard-source", BOOLEAN, "let go of what is copied; only of a snapshot-access node"),
     optional("x-perf", BACKUP_PERF),
     Member("target", STRING, "node of an existing file of the image's size"),
 )
