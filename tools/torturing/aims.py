@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from tools.torturing import plan, watch
 from tools.torturing.crew import Crew
 from tools.torturing.nursery import Child
-from tools.torturing.place import CLOSE_NOW, CLOSING, CUTTING, DROPPING, STARTING
+from tools.torturing.place import A_RESIZE, CLOSE_NOW, CLOSING, CUTTING, DROPPING, RESIZING, STARTING
 from tools.torturing.plan import COORDINATOR, READER, WRITER, Decision
 
 #: For the moment aimed at; then any moment is good.
@@ -27,7 +27,14 @@ SPIN_S = 0.010
 CATCH_S = 0.040
 LOOK_S = 0.0005
 
-_STAGES = {plan.CUT: CUTTING, plan.ODD: CUTTING, plan.DROP: DROPPING, plan.CLOSE: CLOSING, plan.START: STARTING}
+_STAGES = {
+    plan.CUT: CUTTING,
+    plan.ODD: CUTTING,
+    plan.DROP: DROPPING,
+    plan.CLOSE: CLOSING,
+    plan.START: STARTING,
+    plan.RESIZE: RESIZING,
+}
 
 
 class Aims:
@@ -154,6 +161,8 @@ class Aims:
             crew.kill(child)
         elif decision.aim == plan.CLOSE:
             crew.orders.value = CLOSE_NOW
+        elif decision.aim == plan.RESIZE:
+            crew.wish.value = A_RESIZE
         elif decision.aim == plan.ODD:
             writer = crew.writers.get(decision.number % crew.plan.writers)
             if writer is not None and self._catch_in_flight(crew, writer):

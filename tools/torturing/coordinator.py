@@ -1,4 +1,4 @@
-"""The coordinator's role: random cuts, backups, snapshot reads, discards of snapshots, cancels, until it is killed.
+"""The coordinator's role: random cuts, backups, reads and discards of snapshots, cancels, resizes, until it is killed.
 
 An incarnation that comes after a killed one finds the jobs and snapshots of that one and goes on with them.  Everything
 is told to the log of events, what begins before it begins, what has ended after that; nothing is judged here but what
@@ -23,6 +23,7 @@ from shmcbw.errors import (
     ClosedError,
     CoordinatorRunningError,
     CutAbandonedError,
+    ResizeRefusedError,
     ShmcbwError,
     SnapshotBrokenError,
 )
@@ -34,6 +35,8 @@ from tools.torturing.place import (
     DROPPING,
     FINISH,
     IDLE,
+    NOTHING,
+    RESIZING,
     STARTING,
     EventWriter,
     Place,
@@ -51,9 +54,11 @@ JOB_LIMIT_S = 12.0
 #: A sync takes what the disk takes.
 SYNC_LIMIT_S = 30.0
 TRIES_S = 2.0
+#: For jobs that are cancelled, before a resize.
+CANCEL_LIMIT_S = 2.0
 
-ACTS = ("backup", "snapshot", "drop", "discard", "cancel", "speed", "status", "check", "rest")
-WEIGHTS = (5, 4, 2, 3, 0.7, 3, 1, 0.3, 6)
+ACTS = ("backup", "snapshot", "drop", "discard", "cancel", "speed", "status", "check", "resize", "rest")
+WEIGHTS = (5, 4, 2, 3, 0.7, 3, 1, 0.3, 0.1, 6)
 
 
 class Role:
@@ -67,6 +72,7 @@ class Role:
         self.events = EventWriter(place.events(COORDINATOR, 0, incarnation))
         self.stage = SharedByte(place.stage)
         self.orders = SharedByte(place.orders)
+        self.wish = SharedByte(place.wish)
         self.parent = os.getppid()
         self.count = 0
         self.reads = 0
@@ -96,6 +102,8 @@ class Role:
             with self._told():
                 self._act()
             with self._told():
+                self._follow_wish()
+            with self._told():
                 self._follow_jobs()
             time.sleep(self.chance.random() ** 2 * 0.060)
         self.ended.set()
@@ -121,7 +129,8 @@ class Role:
         self.running = {os.path.basename(job.target): job for job in self.coordinator.jobs}
         self.snapshots = self._find_snapshots()
         self.unlimited_s = {}
-        self.events.write("ready", jobs=list(self.running), snapshots=list(self.snapshots))
+        size = os.stat(self.place.image).st_size
+        self.events.write("ready", jobs=list(self.running), snapshots=list(self.snapshots), size=size)
 
     def _find_snapshots(self) -> dict[str, CoordinatorSnapshot]:
         return {os.path.basename(snapshot._entry.target.path): snapshot for snapshot in self.coordinator.snapshots}
@@ -213,7 +222,7 @@ class Role:
         snapshot = self.snapshots[name]
         length = int(snapshot.size_bytes * self.chance.random() ** 3) + 1
         offset = self.chance.randrange(snapshot.size_bytes - length + 1)
-        self.events.write("discard", name=name, offset=offset, length=length)
+        self.events.write("discard", name=name, offset=offset, length=length, size=snapshot.size_bytes)
         try:
             snapshot.discard(length, offset)
         except SnapshotBrokenError as error:
@@ -244,6 +253,38 @@ class Role:
     def _check(self) -> None:
         for violation in invariants.check(self.coordinator._segment):
             self.events.write("violation", invariant=violation.invariant, found=violation.found)
+
+    # -- growing ---------------------------------------------------------------------------------------------------
+
+    def _follow_wish(self) -> None:
+        if self.wish.value != NOTHING:
+            self.wish.value = NOTHING
+            self._resize()
+
+    def _resize(self) -> None:
+        """To the next size.  A resize is refused beside snapshots: so they end before."""
+        now = os.stat(self.place.image).st_size
+        size = min((size for size in self.plan.sizes if size > now), default=0)
+        if size == 0:
+            return
+        for name in list(self.snapshots):
+            self._drop_one(name)
+        for name, job in list(self.running.items()):
+            self.events.write("cancel", name=name)
+            job.cancel()
+        deadline = time.monotonic() + CANCEL_LIMIT_S
+        while self.running and time.monotonic() < deadline:
+            self._follow_jobs()
+            time.sleep(0.002)
+        self.events.write("resize", size=size)
+        self.stage.value = RESIZING
+        try:
+            self.coordinator.resize(size)
+            self.events.write("resized", size=size)
+        except ResizeRefusedError as error:
+            self.events.write("unresized", size=size, error=str(error))
+        finally:
+            self.stage.value = IDLE
 
     # -- jobs ------------------------------------------------------------------------------------------------------
 

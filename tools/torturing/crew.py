@@ -8,6 +8,7 @@ first write only while a coordinator serves.  A reader hangs when it has told no
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from dataclasses import asdict
@@ -42,8 +43,10 @@ class Crew:
         place.make()
         image_plan.save(place.plan)
         make_image(place.image, image_plan.layout)
+        os.truncate(place.image, image_plan.sizes[0])
         self.stage = SharedByte(place.stage)
         self.orders = SharedByte(place.orders)
+        self.wish = SharedByte(place.wish)
         self.stop = SharedByte(place.stop)
         self.watch = Watch(place)
         self.children: list[Child] = []
@@ -266,5 +269,5 @@ class Crew:
 
     def close(self) -> None:
         self.watch.close()
-        for byte in (self.stage, self.orders, self.stop):
+        for byte in (self.stage, self.orders, self.wish, self.stop):
             byte.close()

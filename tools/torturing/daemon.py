@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Any
 
 from shmcbw import SnapshotReader, open_snapshot
-from shmcbw.errors import CutAbandonedError, ShmcbwError
+from shmcbw.errors import CutAbandonedError, ResizeRefusedError, ShmcbwError
 from shmcbw.image import ImageFile
 from shmcbw.segment import Segment, attach
 from shmcbw.workers.daemon import serve
@@ -119,10 +119,9 @@ class DaemonSnapshot:
 class DaemonCoordinator:
     """What the role needs of `Coordinator`, over QMP."""
 
-    def __init__(self, client: Client, place: Place, plan: ImagePlan) -> None:
+    def __init__(self, client: Client, place: Place) -> None:
         self._client = client
         self._place = place
-        self._plan = plan
 
     @property
     def jobs(self) -> list[DaemonJob]:
@@ -140,7 +139,7 @@ class DaemonCoordinator:
         return found
 
     def _snapshot(self, name: str) -> DaemonSnapshot:
-        return DaemonSnapshot(self._client, self._place, name, self._plan.size_bytes)
+        return DaemonSnapshot(self._client, self._place, name, os.stat(self._place.image).st_size)
 
     def status(self) -> dict[str, Any]:
         status: dict[str, Any] = self._client.execute("x-shmcbw-query-image", node_name=NODE)
@@ -175,6 +174,14 @@ class DaemonCoordinator:
                 raise CutAbandonedError(str(error)) from None
             raise
 
+    def resize(self, size_bytes: int) -> None:
+        try:
+            self._client.execute("block_resize", node_name=NODE, size=size_bytes)
+        except RefusedError as error:
+            raise ResizeRefusedError(str(error)) from None
+        finally:
+            self._let_go()
+
     @cached_property
     def _segment(self) -> Segment:
         with closing(ImageFile.open(self._place.image, writable=False)) as image:
@@ -182,10 +189,14 @@ class DaemonCoordinator:
 
     def close(self) -> None:
         """Have the daemon end: it cancels and drops what there is."""
-        if "_segment" in self.__dict__:
-            self._segment.close()
+        self._let_go()
         self._client.execute("quit")
         self._client.close()
+
+
+    def _let_go(self) -> None:
+        if "_segment" in self.__dict__:
+            self.__dict__.pop("_segment").close()
 
 
 class Role(coordinator.Role):
@@ -202,7 +213,7 @@ class Role(coordinator.Role):
                     raise
                 time.sleep(LOOK_S)
             else:
-                return DaemonCoordinator(client, self.place, self.plan)
+                return DaemonCoordinator(client, self.place)
 
     def _find_snapshots(self) -> Any:
         found: Any = self.coordinator

@@ -8,8 +8,9 @@ What failed says why, and had a reason.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from shmcbw.clusters import inward
@@ -77,6 +78,8 @@ class Evidence:
         self.figures = Figures()
         self.taken: dict[str, Taken] = {}
         self.long_waits: list[Interval] = []
+        #: Of each size: from when on the image may have had it, and must have had it or a larger one.
+        self.sizes: dict[int, Interval] = {self.plan.sizes[0]: (0, 0)}
 
     def _history(self, writer: int) -> History:
         path = self.place.log(writer)
@@ -152,6 +155,7 @@ class Evidence:
     def _on_ready(self, event: dict[str, Any], fate: Fate) -> None:
         self.figures.at_least("start", event["ns"] - fate.started_ns)
         self.figures.counts["starts.ready"] += 1
+        self._has(event["size"], event["ns"])
         self.figures.counts["starts.daemons"] += self.plan.daemon
         self.figures.counts["starts.adopted_jobs"] += len(event["jobs"])
         self.figures.counts["starts.adopted_snapshots"] += len(event["snapshots"])
@@ -189,6 +193,34 @@ class Evidence:
         self.taken[event["name"]].given_up = True
         self.figures.counts["cuts.failed"] += 1
 
+    def _on_resize(self, event: dict[str, Any], fate: Fate) -> None:
+        self.sizes.setdefault(event["size"], (event["ns"], NEVER_NS))
+
+    def _on_resized(self, event: dict[str, Any], fate: Fate) -> None:
+        self.figures.counts["resizes.done"] += 1
+        self._has(event["size"], event["ns"])
+
+    def _on_unresized(self, event: dict[str, Any], fate: Fate) -> None:
+        self.figures.counts["resizes.refused"] += 1
+
+    def _has(self, size: int, ns: int) -> None:
+        """The image has so many bytes now; it never has fewer again."""
+        if size not in self.sizes:
+            self.fail("mismatch", f"the image has {size} bytes, and nobody has resized it to that")
+        elif any(size < other and since < ns for other, (_, since) in self.sizes.items()):
+            self.fail("mismatch", f"the image has {size} bytes, and had more")
+        elif self.sizes[size][1] == NEVER_NS:
+            self.sizes[size] = self.sizes[size][0], ns
+
+    def _sizes_within(self, interval: Interval) -> list[int]:
+        """Which sizes the image may have had at an instant in the interval."""
+        found = []
+        for size, (begin, _) in self.sizes.items():
+            end = min((since for other, (_, since) in self.sizes.items() if other > size), default=NEVER_NS)
+            if begin <= interval[1] and interval[0] <= end:
+                found.append(size)
+        return found
+
     def _on_cancel(self, event: dict[str, Any], fate: Fate) -> None:
         self._end(event["name"], event["ns"])
 
@@ -208,7 +240,7 @@ class Evidence:
     def _on_discard(self, event: dict[str, Any], fate: Fate) -> None:
         offset, length = event["offset"], event["length"]
         size = self.plan.cluster_size
-        first, end = inward(offset, length, size, self.layout.size_bytes)
+        first, end = inward(offset, length, size, event["size"])
         self.taken[event["name"]].discards.append((event["ns"], first * size, end * size))
         self.figures.counts["snapshots.discards"] += 1
 
@@ -282,8 +314,7 @@ class Evidence:
         if path.exists():
             if taken.given_up or taken.error is not None:
                 self.fail("mismatch", f"{taken.name} exists: {taken.error or 'its cut was given up'}")
-            judgement = judge(path.read_bytes(), self.histories, self.layout, taken.cut)
-            self._count("backups", taken.name, judgement)
+            self._count("backups", taken.name, self._judge_copy(path, taken.cut))
         elif taken.given_up or taken.cancelled or taken.error is not None:
             self.figures.counts["backups.broken" if taken.broken else "backups.cancelled"] += taken.sure
         elif taken.concluded or taken.sure:
@@ -296,8 +327,12 @@ class Evidence:
         for first, last in inaccessible:
             if not any(ns < read["ns"] and a <= first and last <= b for ns, a, b in taken.discards):
                 self.fail("mismatch", f"{read['copy']}: bytes {first}..{last} are inaccessible, nobody discarded them")
-        data = (self.place.reads / read["copy"]).read_bytes()
-        self._count("reads", read["copy"], judge(data, self.histories, self.layout, taken.cut, inaccessible))
+        judgement = self._judge_copy(self.place.reads / read["copy"], taken.cut, inaccessible)
+        self._count("reads", read["copy"], judgement)
+
+    def _judge_copy(self, path: Path, cut: Interval, inaccessible: Sequence[Interval] = ()) -> Judgement:
+        sizes = self._sizes_within(cut)
+        return judge(path.read_bytes(), self.histories, self.layout, cut, inaccessible, sizes)
 
     def _count(self, group: str, name: str, judgement: Judgement) -> None:
         self.figures.counts[f"{group}.{'right' if judgement.right else 'wrong'}"] += 1
@@ -327,7 +362,7 @@ class Evidence:
     def _judge_image(self) -> None:
         """The image itself, at the end: what the writers have last written."""
         last_ns = max(fate.dead_ns for fate in self.fates)
-        judgement = judge(self.place.image.read_bytes(), self.histories, self.layout, (last_ns, NEVER_NS))
+        judgement = self._judge_copy(self.place.image, (last_ns, NEVER_NS))
         if judgement.wrong:
             self.fail("mismatch", f"the image itself: {'; '.join(judgement.wrong[:STRAYS_MAX])}")
 

@@ -80,6 +80,8 @@ PLAYED = (
         "starts.adopted_snapshots",
         "starts.daemons",
         "aims.coordinator at odd",
+        "aims.coordinator at resize",
+        "resizes.done",
     ),
 )
 
@@ -105,6 +107,7 @@ def lines(figures: Figures) -> list[str]:
         f"stops       {some('stops')}",
         f"caught      {some('aims')}",
         f"cuts        {some('cuts')}; drained at most {format_ns(longest['drained'])}",
+        f"resizes     {some('resizes')}",
         f"backups     {some('backups')}",
         f"snapshots   {some('snapshots')}; reads of them: {some('reads')}",
         f"broken      {found['broken_ratio']:.2%} of {sum(backups.values()) + sum(snapshots.values())}",

@@ -78,13 +78,16 @@ def judge(
     layout: Layout,
     cut: Interval = (0, NEVER_NS),
     inaccessible: Sequence[Interval] = (),
+    sizes: Sequence[int] = (),
 ) -> Judgement:
     """Judge a copy of the whole image, ``histories[writer]``.
 
     cut: when it was taken.  inaccessible: byte ranges [begin, end) that could not be read; units in them do not count.
+    sizes: what the image may have had at the cut, if it grows to the layout's size.
     """
-    if len(data) != layout.size_bytes:
-        return Judgement([f"it has {len(data)} bytes, the image {layout.size_bytes}"], (1, 0))
+    sizes = sizes or (layout.size_bytes,)
+    if len(data) not in sizes:
+        return Judgement([f"it has {len(data)} bytes, the image {' or '.join(map(str, sizes))}"], (1, 0))
     wrong: list[str] = []
     partial = 0
     bounds: list[tuple[str, list[Interval]]] = [("the cut", [cut])]
@@ -93,6 +96,10 @@ def judge(
         if any(first < end and unit.offset < last for first, last in inaccessible):
             continue
         history, shown = histories[unit.writer], data[unit.offset : end]
+        if end > len(data):
+            # It was not there yet, so nobody had written it.
+            bounds.append((_name(unit), [(0, history.until(0, history.log.of_unit(unit.number)))]))
+            continue
         found = _bounds_of_whole(shown, unit, history, layout)
         if not found:
             found = _bounds_of_partial(shown, unit, history, layout)

@@ -3,6 +3,7 @@
 plan.json            the image's plan
 disk.img             the image
 stage, orders        one byte each, mapped: what the coordinator is doing; what it is to do
+wish                 one byte, mapped: what the coordinator is asked for
 stop                 one byte, mapped: the writers are to leave
 writer-N.log         stamps.LogWriter; .refused: the sequences of writes that were refused, 8 bytes each
 ROLE-N-K.jsonl       what the coordinator or reader N of incarnation K did, a JSON object a line, each by one write
@@ -22,9 +23,11 @@ from pathlib import Path
 from typing import Any
 
 #: Bytes of `stage`.
-AWAY, STARTING, IDLE, CUTTING, DROPPING, CLOSING = range(6)
+AWAY, STARTING, IDLE, CUTTING, DROPPING, CLOSING, RESIZING = range(7)
 #: Bytes of `orders`.
 GO_ON, CLOSE_NOW, FINISH = range(3)
+#: Bytes of `wish`.
+NOTHING, A_RESIZE = range(2)
 
 
 class Place:
@@ -39,13 +42,14 @@ class Place:
         self.reads = directory / "reads"
         self.stage = directory / "stage"
         self.orders = directory / "orders"
+        self.wish = directory / "wish"
         self.stop = directory / "stop"
         self.qmp = directory / "qmp.sock"
 
     def make(self) -> None:
         for directory in (self.directory, self.targets, self.reads):
             directory.mkdir(parents=True)
-        for path in (self.stage, self.orders, self.stop):
+        for path in (self.stage, self.orders, self.wish, self.stop):
             path.write_bytes(b"\0")
 
     def count_reads(self, by: str) -> int:

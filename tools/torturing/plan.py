@@ -20,13 +20,13 @@ WRITER, READER, WORKER, COORDINATOR = "writer", "reader", "worker", "coordinator
 POOL, CREW, ALL = "pool", "crew", "all"
 KILL, STOP, RESTART = "kill", "stop", "restart"
 NOW, BUSY, ORPHAN, CUT, ODD = "now", "busy", "orphan", "cut", "odd"
-DROP, START, CLOSE = "drop", "start", "close"
+DROP, START, CLOSE, RESIZE = "drop", "start", "close", "resize"
 
 #: What happens, to whom, at which moment, and how often in proportion.
 #: POOL: all workers of an image.  CREW: these and the coordinator.  ALL: writers and readers too.
 #: BUSY: in a write, in a copy.  ORPHAN: in a copy, when another coordinator has come.  CUT, DROP, CLOSE: in such a call
-#: of the coordinator.  ODD: in a drained section that a stopped writer makes long.  START: it, and then the next one
-#: while that starts.
+#: of the coordinator.  RESIZE: the same, it is asked for one.  ODD: in a drained section that a stopped writer makes long.
+#: START: it, and then the next one while that starts.
 ACTS: tuple[tuple[str, str, str, float], ...] = (
     (KILL, WRITER, NOW, 3),
     (KILL, WRITER, BUSY, 4),
@@ -41,6 +41,7 @@ ACTS: tuple[tuple[str, str, str, float], ...] = (
     (KILL, COORDINATOR, DROP, 0.5),
     (KILL, COORDINATOR, START, 0.4),
     (KILL, COORDINATOR, CLOSE, 0.3),
+    (KILL, COORDINATOR, RESIZE, 0.6),
     (KILL, CREW, NOW, 0.3),
     (KILL, ALL, NOW, 0.2),
     (STOP, WRITER, NOW, 1),
@@ -52,6 +53,7 @@ ACTS: tuple[tuple[str, str, str, float], ...] = (
     (STOP, COORDINATOR, NOW, 0.7),
     (STOP, COORDINATOR, CUT, 0.7),
     (STOP, COORDINATOR, ODD, 0.5),
+    (STOP, COORDINATOR, RESIZE, 0.3),
     (RESTART, COORDINATOR, NOW, 0.8),
 )
 
@@ -98,13 +100,14 @@ def first_decisions(seed: str, images: int, rate: float, count: int) -> list[Dec
 class ImagePlan:
     """One image of a round; sizes in bytes.
 
-    ``daemon``: its coordinator is a `shmcbw serve`, driven over QMP.  ``share``: of a CPU, for each writer.
-    ``sabotage``: see `SABOTAGES`.
+    ``sizes``: what it has at first and what it grows to; the last is ``size_bytes``.  ``daemon``: its coordinator is a
+    `shmcbw serve`, driven over QMP.  ``share``: of a CPU, for each writer.  ``sabotage``: see `SABOTAGES`.
     """
 
     seed: str
     image_id: int
     size_bytes: int
+    sizes: tuple[int, ...]
     initial: int
     cluster_size: int
     writers: int
@@ -126,7 +129,7 @@ class ImagePlan:
     @classmethod
     def load(cls, path: Path) -> ImagePlan:
         plan = json.loads(path.read_text())
-        return cls(**{**plan, "sabotage": tuple(plan["sabotage"])})
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in plan.items()})
 
 
 #: How the tool is shown to be able to fail.  bypass: a writer stores past the filter.  sleep: a writer stands still.
@@ -137,6 +140,7 @@ WRITERS_CPU_SHARE = 0.35
 DAEMON_CHANCE = 0.35
 #: Of one image: shorter than a stop may be, so that snapshots break.
 SHORT_TIMEOUT_S = 0.15
+RESIZES_MAX = 12
 
 
 def image_plans(
@@ -150,19 +154,24 @@ def image_plans(
     cbw_timeout_s: float,
     sabotage: tuple[str, ...],
 ) -> list[ImagePlan]:
-    """The images of one round."""
+    """The images of one round: one of them has a short deadline, one grows."""
     chance = random.Random(f"{seed} images")
     cpus = len(os.sched_getaffinity(0))
     plans = []
-    short = chance.randrange(max(2, images))
+    short, growing = (chance.randrange(max(2, images)) for _ in range(2))
     for image in range(images):
         blocks = max(size_bytes // BLOCK_SIZE, 48 * writers) + chance.randrange(16)
+        image_id = chance.randrange(1, 1 << 62)
+        # What an image gets by a resize is zeroes.
+        initial = chance.choice((DATA, DATA, ZERO)) if image != growing else ZERO
+        layout = Layout(blocks * BLOCK_SIZE, writers, image_id, initial)
         plans.append(
             ImagePlan(
                 seed=f"{seed} {image}",
-                image_id=chance.randrange(1, 1 << 62),
-                size_bytes=blocks * BLOCK_SIZE,
-                initial=chance.choice((DATA, DATA, ZERO)),
+                image_id=image_id,
+                size_bytes=layout.size_bytes,
+                sizes=_sizes(chance, layout) if image == growing else (layout.size_bytes,),
+                initial=initial,
                 cluster_size=chance.choice((4, 16, 64, 64, 256)) << 10,
                 writers=writers,
                 readers=readers,
@@ -175,3 +184,10 @@ def image_plans(
             )
         )
     return plans
+
+
+def _sizes(chance: random.Random, layout: Layout) -> tuple[int, ...]:
+    """Where units end, so each is in the image as a whole or not at all; at first some are there of each writer."""
+    ends = [unit.offset + unit.length for unit in layout.units]
+    later = ends[max(4 * layout.writers, 2 * len(ends) // 5) : -1]
+    return (*sorted(chance.sample(later, min(RESIZES_MAX, len(later)))), layout.size_bytes)

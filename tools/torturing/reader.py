@@ -118,7 +118,7 @@ class Reader:
     def discard(self, name: str, snapshot: SnapshotReader) -> None:
         length = int(snapshot.size_bytes * self.chance.random() ** 3) + 1
         offset = self.chance.randrange(snapshot.size_bytes - length + 1)
-        self.events.write("discard", name=name, offset=offset, length=length)
+        self.events.write("discard", name=name, offset=offset, length=length, size=snapshot.size_bytes)
         snapshot.discard(length, offset)
 
 

@@ -34,6 +34,7 @@ class Writer:
         self.stop = SharedByte(place.stop)
         self.parent = os.getppid()
         self.log = LogWriter(place.log(number))
+        self.size_bytes = self.layout.size_bytes
         self.latest: tuple[int, bytes] | None = None
 
     def wanted(self) -> bool:
@@ -53,6 +54,7 @@ class Writer:
         writes = 0
         while self.wanted():
             started = time.monotonic()
+            self.follow_size(disk)
             unit = self.chance.choice(self.units)
             try:
                 self.write(disk, unit)
@@ -65,6 +67,13 @@ class Writer:
             pause = (time.monotonic() - started) * (1 / self.plan.share - 1)
             if pause > 0:
                 time.sleep(min(pause, PAUSE_MAX_S))
+
+    def follow_size(self, disk: shmcbw.Disk) -> None:
+        """An image that has grown has more units."""
+        if len(self.plan.sizes) > 1 and disk.size_bytes != self.size_bytes:
+            self.size_bytes = disk.size_bytes
+            units = self.layout.units_of(self.number)
+            self.units = [unit for unit in units if unit.offset + unit.length <= self.size_bytes]
 
     def write(self, disk: shmcbw.Disk, unit: Unit) -> None:
         """One random operation on a unit."""
