@@ -129,6 +129,7 @@ class Snapshot:
     sync = Word(24, 4, "coordinator", "workers", "0 full, 1 top, 2 none, 3 bitmap")
     seal = Word(28, 4, "coordinator", "workers, adopting coordinator", "checksum of the words that do not change")
     cut_epoch = Word(32, 4, "coordinator", "status", "the odd epoch of the cut")
+    copy_range = Word(36, 4, "coordinator", "workers", "1: copy by copy_file_range, until that fails")
     cut_time_ns = Word(40, 8, "coordinator", "status", "wall clock")
     drained_ns = Word(48, 8, "coordinator", "status", "length of the drained section")
     source = Word(56, 4, "coordinator", "workers", "serial of the snapshot that it backs up; 0: the image")

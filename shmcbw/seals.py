@@ -30,6 +30,7 @@ ENTRY_WORDS = (
     Snapshot.max_workers,
     Snapshot.max_chunk,
     Snapshot.in_place,
+    Snapshot.copy_range,
     Snapshot.source,
     Snapshot.discard_source,
     Snapshot.target_path,

@@ -507,6 +507,7 @@ class Coordinator:
         on_target_error: str = "report",
         max_workers: int = 64,
         max_chunk: int = 0,
+        copy_range: bool = False,
         source: CoordinatorSnapshot | None = None,
         discard_source: bool = False,
         quiesce: Quiesce | None = None,
@@ -531,7 +532,8 @@ class Coordinator:
         a coordinator.  on_source_error, on_target_error: what to do when a background copy can't read or write:
         "report" (the job fails), "ignore" (try again), "stop" (pause), "enospc" (stop if there is no space, else
         report), "auto" (the same).  max_workers: workers that copy for it in the background at once.  max_chunk: bytes
-        of a background copy, 0 for no limit.
+        of a background copy, 0 for no limit.  copy_range: copy by copy_file_range, which can share the data where the
+        file system can (Btrfs, XFS), or copies in the kernel; else, and where it fails, as without.
 
         source: back up this snapshot instead of the image: no cut is taken, the backup shows that of the snapshot, and
         no writer waits for its target.  discard_source: let go, in the snapshot, of what is copied (`fleecing.py`).
@@ -557,6 +559,7 @@ class Coordinator:
             on_target_error=on_target_error,
             max_workers=max_workers,
             max_chunk=max_chunk,
+            copy_range=copy_range,
             source=source,
             discard_source=discard_source,
         )
@@ -832,6 +835,7 @@ class Coordinator:
                 Snapshot.overwrite: int(file.overwrite),
                 Snapshot.source: request.source.serial if request.source is not None else 0,
                 Snapshot.discard_source: int(request.discard_source),
+                Snapshot.copy_range: int(request.copy_range),
                 Snapshot.cut_time_ns: 0,
                 Snapshot.drained_ns: 0,
             }

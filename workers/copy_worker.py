@@ -34,7 +34,7 @@ from shmcbw.segment import COORDINATOR, Segment, attach, start_ticks, worker_byt
 from shmcbw.slots import lives_any_writer
 from shmcbw.snapshots import break_snapshot, marked_uncopied, store_first_error, target_path
 
-from .copying import Copied, Source, copy_run
+from .copying import Copied, CopyRange, Source, copy_run
 from .fleecing import SnapshotSource
 from .manifest import PARTIAL_SUFFIX, Manifest, sidecar
 from .starting import failed_start_status
@@ -75,6 +75,7 @@ class Target:
     manifest_fd: int  # -1: no checksums
     in_place: bool
     snapshot: SnapshotSource | None  # what is copied; None: the image
+    copy_range: CopyRange | None
     exhausted_at: tuple[int, int] = (-1, -1)  # the cursor and the round in which nothing was left to copy,
     exhausted_until_ns: int = 0  # believed until then: both are hints
     ns_per_byte: float = 20.0  # before the first measurement: begin with small chunks
@@ -262,7 +263,10 @@ class CopyWorker:
             self.copier.attach_bitmap(index, serial, bitmap.memory)
             skip_holes = self.segment.snapshot(index, Snapshot.sync) == states.SYNC_TOP
             in_place = bool(self.segment.snapshot(index, Snapshot.in_place))
-            self.targets[index] = Target(index, serial, fd, bitmap, skip_holes, manifest_fd, in_place, snapshot)
+            copy_range = CopyRange() if self.segment.snapshot(index, Snapshot.copy_range) else None
+            self.targets[index] = Target(
+                index, serial, fd, bitmap, skip_holes, manifest_fd, in_place, snapshot, copy_range
+            )
         except OSError as error:
             number = error.errno or errno.EIO
         self._reach(_OPENED)
@@ -479,7 +483,7 @@ class CopyWorker:
         if target.snapshot is not None:
             copy = target.snapshot.copy_run
         else:
-            copy = functools.partial(copy_run, self.source, in_place=target.in_place)
+            copy = functools.partial(copy_run, self.source, in_place=target.in_place, copy_range=target.copy_range)
         copied = copy(
             target.fd,
             first,

@@ -49,6 +49,32 @@ class Copied:
             self.runs.append((first, end, state))
 
 
+class CopyRange:
+    """copy_file_range from the source to one target, until it fails once: not supported, other file systems, whatever.
+
+    It shares the data where the file system can.  A claimed cluster does not change, so what it copies is what was
+    looked at, and hashed, before.
+    """
+
+    def __init__(self) -> None:
+        self.works = True
+        self.copied_bytes = 0
+
+    def copy(self, source_fd: int, target_fd: int, offset: int, length: int) -> bool:
+        """Copy a range to the same place; False if that can't be done, or not all of it: then it is to be written."""
+        done = 0
+        try:
+            while self.works and done < length:
+                count = os.copy_file_range(source_fd, target_fd, length - done, offset + done, offset + done)
+                self.works = count > 0
+                done += count
+        except OSError:
+            # What is wrong with the source or the target will be said by the next call on it.
+            self.works = False
+        self.copied_bytes += done
+        return done == length
+
+
 class Source:
     """The image as a worker reads it: a descriptor and a read-only mapping."""
 
@@ -84,10 +110,11 @@ def copy_run(
     before_write: Callable[[], None],
     manifest_fd: int = -1,
     in_place: bool = False,
+    copy_range: CopyRange | None = None,
 ) -> Copied:
     """Copy the claimed clusters first..end; the caller publishes them.  An OSError ends up in the result.
 
-    ``manifest_fd``: where checksums go.  ``in_place``: the target is not fresh.
+    ``manifest_fd``: where checksums go.  ``in_place``: the target is not fresh.  ``copy_range``: tried first.
     """
     result = Copied()
     hole_state = SKIPPED if skip_holes else ZERO
@@ -127,12 +154,14 @@ def copy_run(
                 held = source.private_copy(offset, length) if manifest_fd >= 0 else None
                 writing = True
                 before_write()
+                shared = copy_range is not None and copy_range.copy(source.file.fd, target_fd, offset, length)
                 if held is not None:
-                    write_fully(target_fd, held, offset)
+                    if not shared:
+                        write_fully(target_fd, held, offset)
                     pieces = [held[start : start + cluster_size] for start in range(0, length, cluster_size)]
                     # After the data: a word that is there is right for what the target holds.
                     put_words(manifest_fd, cluster, array.array("Q", map(checksum, pieces)))
-                else:
+                elif not shared:
                     write_fully(target_fd, source.view[offset : offset + length], offset)
                 result.written_bytes += length
                 result.add(cluster, run_end, copied_state)

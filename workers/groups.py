@@ -61,6 +61,7 @@ class Request:
     on_target_error: str = REPORT
     max_workers: int = 64
     max_chunk: int = 0
+    copy_range: bool = False
     transaction: JobTransaction | None = None
     source: CoordinatorSnapshot | None = None
     discard_source: bool = False

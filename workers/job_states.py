@@ -39,6 +39,7 @@ VERBS = {
     "pause": _BEFORE_THE_END,
     "resume": _BEFORE_THE_END,
     "set-speed": _BEFORE_THE_END,
+    "change": _BEFORE_THE_END,
     "complete": frozenset({READY}),
     "finalize": frozenset({PENDING}),
     "dismiss": frozenset({CONCLUDED}),

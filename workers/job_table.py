@@ -221,6 +221,7 @@ _PARAMETERS: dict[str, tuple[type, ...]] = {
     "on_target_error": (str,),
     "max_workers": (int,),
     "max_chunk": (int,),
+    "copy_range": (bool,),
     "bitmap": (str, type(None)),
     "bitmap_mode": (str, type(None)),
     "in_place": (bool,),

@@ -267,6 +267,11 @@ class Job:
         """For jobs with two phases; a backup never is in the state `ready`, so JobStateError."""
         check_verb(self.id, self._status, "complete")
 
+    def change(self) -> None:
+        """For jobs that have what can be changed while they run (QEMU: of a mirror, when it copies): JobStateError."""
+        check_verb(self.id, self._status, "change")
+        raise JobStateError("Job type does not support change")
+
     def finalize(self) -> None:
         """Let a pending job, and all of its transaction, come to its end: the targets get their names."""
         self.transaction.finalize(self)

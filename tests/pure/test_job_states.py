@@ -31,6 +31,7 @@ QEMU_VERBS = {
     "pause": "created running paused ready standby",
     "resume": "created running paused ready standby",
     "set-speed": "created running paused ready standby",
+    "change": "created running paused ready standby",
     "complete": "ready",
     "finalize": "pending",
     "dismiss": "concluded",

@@ -271,6 +271,52 @@ def test_progress_moves_while_paused_since_writers_copy_on(set_: Set) -> None:
     set_.client.execute("job-cancel", id="j")
 
 
+def test_a_backup_has_nothing_that_job_change_changes(set_: Set) -> None:
+    """D23."""
+    client = set_.client
+    assert client.refusal("job-change", id="j", type="backup") == "Job not found"
+    assert client.ask("block-job-change", id="j", type="backup")["error"] == {
+        "class": "DeviceNotActive",
+        "desc": "Block job 'j' not found",
+    }
+    set_.backup(**{"auto-finalize": False, "auto-dismiss": False, "speed": 1})
+    for command in ("job-change", "block-job-change"):
+        assert client.refusal(command, id="j", type="backup") == "Job type does not support change"
+        assert client.refusal(command, id="j", type="mirror") == "Parameter 'type' does not accept value 'mirror'"
+    client.execute("block-job-set-speed", device="j", speed=0)
+    client.wait_status("j", "pending")
+    text = "Job 'j' in state 'pending' cannot accept command verb 'change'"
+    assert client.refusal("job-change", id="j", type="backup") == text
+    client.execute("job-cancel", id="j")
+
+
+CLUSTER_SIZES = (
+    (1 << 17, "min-cluster-size 131072 is above the image's cluster size 65536: serve it with --cluster-size 131072"),
+    (3000, "min-cluster-size needs to be a power of 2"),
+    (1 << 63, "min-cluster-size too large: 9223372036854775808 > 9223372036854775807"),
+    (1 << 16, ""),
+    (4096, ""),
+    (0, ""),
+)
+
+
+def test_clusters_are_as_large_as_min_cluster_size_or_it_is_refused(set_: Set) -> None:
+    """D22."""
+    client = set_.client
+    snapshot = {"driver": "copy-before-write", "node-name": "cbw", "file": "n", "target": "t"}
+    for size, refusal in CLUSTER_SIZES:
+        added = client.ask("blockdev-add", **snapshot, **{"min-cluster-size": size})
+        if "return" in added:
+            client.execute("blockdev-del", node_name="cbw")
+        backup = {"device": "n", "target": "t", "sync": "full", "job-id": f"j{size}"}
+        started = client.ask("blockdev-backup", **backup, **{"x-perf": {"min-cluster-size": size}})
+        for reply in (added, started):
+            assert bool(refusal) is ("error" in reply)
+            assert reply.get("error", {}).get("desc", "").startswith(refusal)
+        if not refusal:
+            client.wait_status(f"j{size}", "null")
+
+
 def test_cancel_is_for_jobs_that_have_not_ended(set_: Set) -> None:
     """L11."""
     set_.backup(**{"auto-finalize": False, "auto-dismiss": False})

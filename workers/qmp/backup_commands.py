@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from shmcbw.clusters import CLUSTER_SIZE_MAX
+
 from ..completion import JobTransaction
 from ..coordinator import Coordinator, CoordinatorSnapshot
 from ..groups import Backup, take_group
@@ -71,8 +73,7 @@ def plan_backup(
     cluster_size = served.coordinator.segment.geometry.cluster_size
     if 0 < perf.get("max-chunk", 0) < cluster_size:
         raise QMPError(f"Required max-chunk ({perf['max-chunk']}) is less than backup cluster size ({cluster_size})")
-    if perf.get("min-cluster-size", 0) > cluster_size:
-        raise QMPError(f"min-cluster-size {perf['min-cluster-size']} is above the image's cluster size {cluster_size}")
+    check_cluster_size_min(perf, cluster_size)
     job_id = options.get("job-id", served.node.name if served.device and served.node is source else "")
     if not well_formed(job_id):
         raise QMPError(f"Invalid job ID '{job_id}'")
@@ -83,6 +84,23 @@ def plan_backup(
     snapshot = source.snapshot if isinstance(source, AccessNode) else None
     backup = _backup(served, target.file().path, job_id, options, transaction, snapshot)
     return Plan(served, backup, JobNodes(job_id, source, target, filter_name))
+
+
+def check_cluster_size_min(options: Arguments, cluster_size: int) -> None:
+    """Whether clusters of an image are as large as ``min-cluster-size`` wants them; QMPError.
+
+    QEMU makes them as large, for each job its own.  Here an image has one cluster size, chosen when it is served.
+    """
+    wanted = options.get("min-cluster-size", 0)
+    if wanted >= 1 << 63:
+        raise QMPError(f"min-cluster-size too large: {wanted} > {(1 << 63) - 1}")
+    if wanted & (wanted - 1):
+        raise QMPError("min-cluster-size needs to be a power of 2")
+    if wanted > cluster_size:
+        raise QMPError(
+            f"min-cluster-size {wanted} is above the image's cluster size {cluster_size}: serve it with "
+            f"--cluster-size {wanted} (at most {CLUSTER_SIZE_MAX})"
+        )
 
 
 def check_source(source: Node) -> None:
@@ -131,6 +149,7 @@ def _backup(
         on_target_error=options.get("on-target-error", "report"),
         max_workers=min(perf.get("max-workers", 64), MAX_WORKERS),
         max_chunk=perf.get("max-chunk", 0),
+        copy_range=perf.get("use-copy-range", False),
         transaction=transaction,
         source=snapshot,
         discard_source=options.get("discard-source", False),

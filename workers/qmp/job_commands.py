@@ -87,11 +87,12 @@ _VERBS: dict[str, Callable[[Job], None]] = {
     "resume": Job.resume,
     "cancel": Job.cancel,
     "complete": Job.complete,
+    "change": Job.change,
     "finalize": Job.finalize,
     "dismiss": Job.dismiss,
 }
-#: These two of the block-job verbs go by id.
-_BY_ID = ("finalize", "dismiss")
+#: These of the block-job verbs go by id.
+_BY_ID = ("finalize", "dismiss", "change")
 
 HANDLERS: dict[str, Handler] = {
     **{f"job-{name}": _verb(act, "id", block=False) for name, act in _VERBS.items()},

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..nodes import AccessNode, FileNode, Node, Served, SnapshotNode, busy
+from .backup_commands import check_cluster_size_min
 from .desk import Arguments, Desk, Handler
 from .schema import QMPError
 
@@ -60,10 +61,7 @@ def _snapshot(desk: Desk, options: Arguments, image: Node, target: Node) -> Snap
     name = _name(desk, options)
     served, path = check_pair(desk, image, target)
     geometry = served.coordinator.segment.geometry
-    if options.get("min-cluster-size", 0) > geometry.cluster_size:
-        raise QMPError(
-            f"min-cluster-size {options['min-cluster-size']} is above the image's cluster size {geometry.cluster_size}"
-        )
+    check_cluster_size_min(options, geometry.cluster_size)
     snapshot = served.coordinator.snapshot(
         path,
         overwrite=True,

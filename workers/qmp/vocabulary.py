@@ -95,7 +95,7 @@ BLOCKDEV_OPTIONS = Object(
             optional("bitmap", BITMAP_PLACE, "the snapshot shows only what is in this bitmap"),
             optional("on-cbw-error", ON_CBW_ERROR, "default break-guest-write, as in QEMU"),
             optional("cbw-timeout", UINT32, "seconds, 0: none"),
-            optional("min-cluster-size", UINT64, "refused above the image's cluster size"),
+            optional("min-cluster-size", UINT64, "a power of two, 0: none; refused above the image's cluster size"),
         ),
         "snapshot-access": Object(
             "BlockdevOptionsSnapshotAccess", Member("file", BLOCKDEV_REF, "a copy-before-write node")
@@ -177,10 +177,10 @@ BLOCK_JOB_INFO = Object(
 
 BACKUP_PERF = Object(
     "BackupPerf",
-    optional("use-copy-range", BOOLEAN, "no effect: measured, and never better (DESIGN.md)"),
+    optional("use-copy-range", BOOLEAN, "copy by copy_file_range, which can share the data, until that fails once"),
     optional("max-workers", INTEGER, "background copies at once, default 64"),
     optional("max-chunk", INTEGER, "bytes of a background copy, 0: no limit"),
-    optional("min-cluster-size", UINT64, "refused above the image's cluster size"),
+    optional("min-cluster-size", UINT64, "a power of two, 0: none; refused above the image's cluster size"),
 )
 BLOCKDEV_BACKUP = Object(
     "BlockdevBackup",
@@ -345,6 +345,7 @@ SHMCBW_BACKUP = Object(
 _NODE = Member("node-name", STRING)
 _JOB = Member("id", STRING)
 _DEVICE = Member("device", STRING, "the job's id")
+_CHANGE = (_JOB, Member("type", JOB_TYPE, "that of the job"))
 _RANGE = (Member("offset", INTEGER, "bytes"), Member("length", INTEGER, "bytes"))
 
 COMMANDS = (
@@ -386,6 +387,7 @@ COMMANDS = (
     Command("job-resume", "Goes on with a paused job.", _JOB),
     Command("job-cancel", "Cancels a job; its unfinished target is removed.", _JOB),
     Command("job-complete", "For a job in state `ready`, which no backup ever is.", _JOB),
+    Command("job-change", "For a job of another type than backup, which there is none of.", *_CHANGE),
     Command("job-finalize", "Lets a job in state `pending` come to its end.", _JOB),
     Command("job-dismiss", "Forgets a concluded job.", _JOB),
     Command("query-jobs", "All jobs.", gives=List(JOB_INFO), alters=False),
@@ -393,6 +395,7 @@ COMMANDS = (
     Command("block-job-resume", "As job-resume.", _DEVICE),
     Command("block-job-cancel", "As job-cancel.", _DEVICE, optional("force", BOOLEAN, "also while it is paused")),
     Command("block-job-complete", "As job-complete.", _DEVICE),
+    Command("block-job-change", "As job-change.", *_CHANGE),
     Command("block-job-finalize", "As job-finalize.", _JOB),
     Command("block-job-dismiss", "As job-dismiss.", _JOB),
     Command(
