@@ -193,7 +193,6 @@ class DaemonCoordinator:
         self._client.execute("quit")
         self._client.close()
 
-
     def _let_go(self) -> None:
         if "_segment" in self.__dict__:
             self.__dict__.pop("_segment").close()

@@ -25,8 +25,8 @@ DROP, START, CLOSE, RESIZE = "drop", "start", "close", "resize"
 #: What happens, to whom, at which moment, and how often in proportion.
 #: POOL: all workers of an image.  CREW: these and the coordinator.  ALL: writers and readers too.
 #: BUSY: in a write, in a copy.  ORPHAN: in a copy, when another coordinator has come.  CUT, DROP, CLOSE: in such a call
-#: of the coordinator.  RESIZE: the same, it is asked for one.  ODD: in a drained section that a stopped writer makes long.
-#: START: it, and then the next one while that starts.
+#: of the coordinator.  RESIZE: the same, and it is asked for one.  ODD: in a drained section that a stopped writer
+#: makes long.  START: it, and then the next one while that starts.
 ACTS: tuple[tuple[str, str, str, float], ...] = (
     (KILL, WRITER, NOW, 3),
     (KILL, WRITER, BUSY, 4),
@@ -129,7 +129,7 @@ class ImagePlan:
     @classmethod
     def load(cls, path: Path) -> ImagePlan:
         plan = json.loads(path.read_text())
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in plan.items()})
+        return cls(**{**plan, "sizes": tuple(plan["sizes"]), "sabotage": tuple(plan["sabotage"])})
 
 
 #: How the tool is shown to be able to fail.  bypass: a writer stores past the filter.  sleep: a writer stands still.
