@@ -561,6 +561,9 @@ def main(arguments: list[str]) -> int:
         segment = attach(source.file)
         if source.size_bytes != segment.geometry.image_size:
             raise ShmcbwError(f"{path} is being resized")
+        if segment.header(Header.last_generation) != generation:
+            # Ours died while we started, and a later coordinator needs the ids for workers of its own.
+            return 0
         if not segment.try_lock(worker_byte(worker_id)):
             raise OSError(errno.EBUSY, "its id is taken")
         hit(segment.failpoints, _LOCKED)

@@ -137,6 +137,9 @@ class Pool:
         if self._segment.header(Header.pool_generation) != self._generation:
             log.error("somebody has overwritten the pool's generation: workers will leave, and be replaced")
             self._segment.set_header(Header.pool_generation, self._generation)
+        if self._segment.header(Header.last_generation) != self._generation:
+            log.error("somebody has overwritten the number of the last generation: no worker could start")
+            self._segment.set_header(Header.last_generation, self._generation)
         self._reap_strangers()
         if len(self._processes) < self._count:
             # Their start failed after a resize: tried again.

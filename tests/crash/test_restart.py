@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import mmap
 import os
@@ -411,6 +412,38 @@ def test_an_id_that_a_dead_coordinators_worker_takes_at_the_last_moment_is_left_
         finally:
             owner.end()
     raise AssertionError("five times the worker was faster than this test")
+
+
+def test_a_worker_that_a_dead_coordinator_started_too_late_takes_no_id(image: Path) -> None:
+    """The next coordinator stops when it has started its first worker, before its generation is the pool's."""
+    owner = Owner(image, SHMCBW_FAILPOINTS="coordinator.spawned=stop*1")
+    try:
+        wait_for(lambda: psutil.Process(owner.pid).status() == psutil.STATUS_STOPPED, "it stops", 20)
+        with (
+            contextlib.closing(ImageFile.open(image, writable=False)) as file,
+            contextlib.closing(attach(file)) as segment,
+        ):
+            earlier = segment.header(Header.last_generation) - 1
+            command = [sys.executable, "-P", "-m", "shmcbw.workers.copy_worker", str(image), "2", str(earlier)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+            assert (done.returncode, done.stderr) == (0, "")
+            assert not segment.locked(worker_byte(2))
+        os.kill(owner.pid, signal.SIGCONT)
+        assert owner.answer() is not None
+        assert owner.ask(do="close") is not None
+    finally:
+        owner.end()
+
+
+def test_a_number_of_the_last_generation_that_was_overwritten_is_put_right(image: Path) -> None:
+    with Coordinator(image, workers=1) as coordinator:
+        segment = coordinator.segment
+        latest = segment.header(Header.last_generation)
+        segment.set_header(Header.last_generation, latest + 7)
+        wait_for(lambda: segment.header(Header.last_generation) == latest, "the coordinator looks")
+        (worker,) = workers_of(image)
+        os.kill(worker, signal.SIGKILL)
+        wait_for(lambda: workers_of(image) not in ([], [worker]), "another worker serves")
 
 
 def test_a_backup_that_was_being_cancelled_is_not_reported_as_lost(image: Path, tmp_path: Path) -> None:
