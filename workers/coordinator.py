@@ -844,7 +844,8 @@ class Coordinator:
             seal = segment.seal(index)
             segment.set_snapshot(index, Snapshot.state, states.state_word(states.PREPARING, 0))
             self._reach("preparing")
-            refusal = self._pool.wait_ready(index, serial, READY_TIMEOUT_S)
+            look = functools.partial(self._watch.check_preparing, index, seal)
+            refusal = self._pool.wait_ready(index, serial, READY_TIMEOUT_S, look)
             if refusal:
                 raise TargetRefusedError(
                     refusal, f"target {file.path}: a copy worker can't open it: {os.strerror(refusal)}"

@@ -17,6 +17,7 @@ who use it (DESIGN.md, "Untrusted memory").
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING
 from shmcbw import _core, states
 from shmcbw.bitmap import COPIED, SKIPPED, ZERO
 from shmcbw.epochs import epoch, restore, settle
+from shmcbw.errors import SegmentDamagedError
 from shmcbw.layout import Header, Snapshot, Word
 from shmcbw.seals import HEADER_WORDS, entry_seal
 from shmcbw.segment import Segment
@@ -84,6 +86,19 @@ class Watch:
         late = _core.clamp_marks(segment.memory, geometry.epoch_map_offset, geometry.clusters, segment.own_epoch)
         if late:
             log.error("%s: %d clusters were marked later than epoch %d", segment.name, late, segment.own_epoch)
+
+    def check_preparing(self, index: int, seal: int) -> None:
+        """While the workers open a target: the lock is held meanwhile, so nobody else looks at what they need for it.
+
+        SegmentDamagedError: somebody has overwritten the entry, so that none will open it.
+        """
+        self.put_header_right()
+        segment = self._segment
+        preparing = segment.snapshot(index, Snapshot.state) == states.state_word(states.PREPARING, 0)
+        if not preparing or seal != entry_seal(segment.memory, segment.geometry, index):
+            raise SegmentDamagedError(
+                errno.EUCLEAN, f"{segment.name}: somebody has overwritten the entry of its target, nothing was copied"
+            )
 
 
 def of_entry(segment: Segment, entry: Entry) -> str | None:

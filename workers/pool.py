@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from shmcbw import _core
 from shmcbw.bitmap import PENDING, Bitmap
@@ -215,15 +215,17 @@ class Pool:
             segment.set_snapshot(index, Snapshot.cursor, 0)
         bitmap.close()
 
-    def wait_ready(self, index: int, serial: int, timeout_s: float) -> int:
+    def wait_ready(self, index: int, serial: int, timeout_s: float, look: Callable[[], None]) -> int:
         """Wait until the workers have tried to open a snapshot's target: 0, or the errno of the first refusal.
 
-        Dead workers are replaced meanwhile.  One that neither dies nor answers (stopped) is not waited for longer than
-        two seconds if another one is ready; TimeoutError if none is after ``timeout_s``.
+        Dead workers are replaced meanwhile, and ``look`` is called, again and again.  One that neither dies nor answers
+        (stopped) is not waited for longer than two seconds if another one is ready; TimeoutError if none is after
+        ``timeout_s``.
         """
         started = time.monotonic()
         while True:
             self.supervise()
+            look()
             answers = [self._answer(worker_id, index, serial) for worker_id in self._processes]
             refusal = next((answer for answer in answers if answer), 0)
             waited = time.monotonic() - started

@@ -193,6 +193,42 @@ def test_the_next_serial_may_be_one_that_is_in_use(image: Path, tmp_path: Path) 
         assert (tmp_path / "out").read_bytes() == expected
 
 
+def test_an_entry_that_is_overwritten_while_it_is_prepared_is_refused_at_once(
+    image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No worker opens its target any more, so nobody shall wait for that."""
+    monkeypatch.setenv("SHMCBW_FAILPOINTS", "segment")
+    with Coordinator(image, workers=1) as coordinator:
+        monkeypatch.delenv("SHMCBW_FAILPOINTS")
+
+        def scribble(segment: Segment) -> None:
+            for index in range(SNAPSHOT_COUNT):
+                segment.set_snapshot(index, Snapshot.state, 0)
+
+        started = time.monotonic()
+        raised = hold(image, "coordinator.preparing", scribble, lambda: coordinator.backup(tmp_path / "out"))
+        assert isinstance(raised, shmcbw.SegmentDamagedError)
+        assert time.monotonic() - started < 5
+        coordinator.backup(tmp_path / "out").wait(20)
+
+
+def test_a_header_that_is_overwritten_while_workers_start_is_put_right_for_them(
+    image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A snapshot is being prepared, which waits for the workers; those that come can't attach meanwhile."""
+    monkeypatch.setenv("SHMCBW_FAILPOINTS", "segment")
+    with Coordinator(image, workers=1) as coordinator:
+        monkeypatch.delenv("SHMCBW_FAILPOINTS")
+        (worker,) = coordinator.status()["workers"]
+
+        def scribble(segment: Segment) -> None:
+            segment.set_header(Header.cluster_size, 7)
+            os.kill(worker["pid"], signal.SIGKILL)
+
+        assert hold(image, "coordinator.preparing", scribble, lambda: coordinator.backup(tmp_path / "out")) is None
+        coordinator.jobs[0].wait(20)
+
+
 # -- the epoch -------------------------------------------------------------------------------------------------------
 
 
