@@ -7,7 +7,8 @@ Commands: {"do": "backup", "target", "speed"?, "cbw_timeout"?, "of_snapshot"?, "
 {"do": "verb", "target", "verb", "with"?} (of one job), and with several images {"do": "group", "targets", "speeds"?,
 "together"?, "how"?}: the others then are about all of them.
 Each is answered by {"ok": …} or {"error": type, "message": …}.  It may be killed at any moment.  Its drained sections
-last for OWNER_DRAIN_LIMIT_S (environment) at most, 2 s if that is not set; OWNER_STATE_DIR: for bitmaps.
+last for OWNER_DRAIN_LIMIT_S (environment) at most, 2 s if that is not set; OWNER_STATE_DIR: for bitmaps;
+OWNER_ADDRESS_SPACE_BYTES: what it and its workers may map; OWNER_LOG: a file for what they have to say.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 
 from shmcbw.errors import ShmcbwError
 from shmcbw.workers import Backup, Coordinator, Job, JobTransaction, backup_group
+from tests.processes import limit_address_space
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -33,14 +35,17 @@ class Owner:
     module = "tests.owner"
 
     def __init__(self, *arguments: Path, **environment: str) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", self.module, *map(str, arguments)],
-            cwd=ROOT,
-            env={**os.environ, "SHMCBW_FAILPOINTS": "segment", **environment},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        log = environment.get("OWNER_LOG")
+        with ExitStack() as stack:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", self.module, *map(str, arguments)],
+                cwd=ROOT,
+                env={**os.environ, "SHMCBW_FAILPOINTS": "segment", **environment},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stack.enter_context(open(log, "ab")) if log is not None else None,
+                text=True,
+            )
 
     @property
     def pid(self) -> int:
@@ -78,6 +83,8 @@ class Owner:
 
 
 def main(images: list[str]) -> None:
+    if limit_bytes := int(os.environ.get("OWNER_ADDRESS_SPACE_BYTES", "0")):
+        limit_address_space(limit_bytes)
     with ExitStack() as stack:
         limit = float(os.environ.get("OWNER_DRAIN_LIMIT_S", "2"))
         how: dict[str, Any] = {"workers": 2, "drain_limit": limit, "state_dir": os.environ.get("OWNER_STATE_DIR")}

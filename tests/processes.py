@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -88,6 +89,15 @@ def hold_in_flight(path: str) -> None:
     disk._segment.set_slot(slot, Slot.in_flight, 1)
     os.kill(os.getpid(), signal.SIGSTOP)
     disk._segment.set_slot(slot, Slot.in_flight, 0)
+
+
+def limit_address_space(size_bytes: int) -> None:
+    """From here on this process and its children may map so much: who takes a size from the outside on trust fails.
+
+    Not under AddressSanitizer, whose shadow of the memory is larger than any limit.
+    """
+    if "asan" not in os.environ.get("LD_PRELOAD", ""):
+        resource.setrlimit(resource.RLIMIT_AS, (size_bytes, size_bytes))
 
 
 def write_once(path: str, data: bytes, offset: int) -> None:

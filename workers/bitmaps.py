@@ -512,8 +512,7 @@ class Bitmaps(Mapping[str, DirtyBitmap]):
 
     def _read_set(self, number: int) -> DirtySet:
         size = self.epochs.size_bytes
-        limit = _SET_HEADER.size + -(-size // 512) // 8 + 1
-        return unpack_set(read_file(self._segment, f"{SET_SUFFIX}{number}", limit), size)
+        return unpack_set(read_file(self._segment, f"{SET_SUFFIX}{number}", set_bytes_max(size)), size)
 
 
 def _find(bitmaps: Mapping[str, DirtyBitmap], name: str) -> DirtyBitmap:
@@ -531,6 +530,11 @@ def pack_set(found: DirtySet) -> bytes:
     """A set as bytes: 56 bytes of header with a hash, then the bits."""
     digest = hashlib.sha256(found.bits).digest()
     return _SET_HEADER.pack(_SET_MAGIC, found.size_bytes, found.granularity, digest) + found.bits
+
+
+def set_bytes_max(size_bytes: int) -> int:
+    """How many bytes a set of an image of this size has at most."""
+    return _SET_HEADER.size + -(-size_bytes // 512) // 8 + 1
 
 
 def unpack_set(data: bytes, size_bytes: int) -> DirtySet:

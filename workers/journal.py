@@ -184,7 +184,8 @@ def read_file(segment: Segment, suffix: str, size_max_bytes: int) -> bytes:
             raise ForeignSegmentError(errno.EPERM, f"{path} belongs to uid {status.st_uid}, not to the segment's owner")
         if status.st_size > size_max_bytes:
             raise ForeignSegmentError(errno.EFBIG, f"{path} has {status.st_size} bytes, {size_max_bytes} at most")
-        return file.read(size_max_bytes)
+        # No more: what is asked for is allocated, however short the file.
+        return file.read(status.st_size)
 
 
 def remove_file(segment: Segment, suffix: str) -> None:

@@ -31,7 +31,7 @@ from shmcbw.image import ImageFile, close_descriptor
 from shmcbw.points import Point
 from shmcbw.segment import boot_id
 
-from .bitmaps import pack_set, unpack_set
+from .bitmaps import pack_set, set_bytes_max, unpack_set
 
 log = logging.getLogger("shmcbw")
 
@@ -122,8 +122,8 @@ class SavedBitmaps:
             return DirtyBitmap(name, granularity, start=None, persistent=True, inconsistent=True)
         kept = None
         if entry["set"] is not None:
-            data = zlib.decompressobj().decompress(base64.b64decode(entry["set"], validate=True), SIZE_MAX_BYTES)
-            kept = unpack_set(data, self._image.size_bytes)
+            packed, size_bytes = base64.b64decode(entry["set"], validate=True), self._image.size_bytes
+            kept = unpack_set(zlib.decompressobj().decompress(packed, set_bytes_max(size_bytes)), size_bytes)
         return DirtyBitmap(
             name,
             granularity,
@@ -145,7 +145,11 @@ class SavedBitmaps:
             if not stat.S_ISREG(status.st_mode) or status.st_uid not in (os.geteuid(), 0) or status.st_mode & 0o022:
                 log.warning("%s is ignored: others may have written it", self.path)
                 return None
-            text = file.read(SIZE_MAX_BYTES)
+            if status.st_size > SIZE_MAX_BYTES:
+                log.warning("%s is ignored: it has %d bytes, %d at most", self.path, status.st_size, SIZE_MAX_BYTES)
+                return None
+            # What is asked for is allocated, however short the file.
+            text = file.read(status.st_size)
         try:
             document = json.loads(text)
             if not isinstance(document, dict) or document["version"] != VERSION:

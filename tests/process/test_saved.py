@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import shmcbw
 from shmcbw.image import ImageFile
 from shmcbw.segment import attach, unlink_all
 from shmcbw.workers import Coordinator
+from shmcbw.workers.saved import SIZE_MAX_BYTES
 from tests.chains import restored
 from tests.conftest import wait_for
 from tests.owner import Owner
@@ -182,6 +185,46 @@ def test_a_file_that_makes_no_sense_holds_nothing(image: Path, state: Path) -> N
         path.write_text(text, encoding="latin-1")
         with served(image, state) as coordinator:
             assert coordinator.bitmaps.query() == []
+
+
+def test_only_as_much_is_read_as_there_is_and_what_is_too_long_holds_nothing(image: Path, state: Path) -> None:
+    add_and_write(image, state)
+    (path,) = state.glob("*.bitmaps")
+    # Less than the longest that a file may be.
+    limit = {"OWNER_STATE_DIR": str(state), "OWNER_ADDRESS_SPACE_BYTES": str(SIZE_MAX_BYTES // 2)}
+    for size_bytes, found in ((path.stat().st_size, 1), (SIZE_MAX_BYTES + 1, 0), (1 << 40, 0)):
+        os.truncate(path, size_bytes)
+        owner = Owner(image, **limit)
+        try:
+            assert owner.answer() == {"ok": []}
+            query = owner.ask(do="bitmap", call="query")
+            assert query is not None
+            assert len(query["ok"]) == found
+            assert owner.ask(do="close") == {"ok": None}
+            assert owner.process.wait(20) == 0
+        finally:
+            owner.end()
+        path.touch(0o600)
+
+
+def test_a_set_that_unpacks_to_more_than_the_image_has_is_inconsistent(image: Path, state: Path) -> None:
+    add_and_write(image, state)
+    (path,) = state.glob("*.bitmaps")
+    found = json.loads(path.read_text())
+    huge = zlib.compressobj(1)
+    packed = b"".join(huge.compress(bytes(1 << 20)) for _ in range(700)) + huge.flush()
+    found["bitmaps"]["b"]["set"] = base64.b64encode(packed).decode()
+    path.write_text(json.dumps(found))
+    owner = Owner(image, OWNER_STATE_DIR=str(state), OWNER_ADDRESS_SPACE_BYTES=str(512 << 20))
+    try:
+        assert owner.answer() == {"ok": []}
+        query = owner.ask(do="bitmap", call="query")
+        assert query is not None
+        assert [each["inconsistent"] for each in query["ok"]] == [True]
+        assert owner.ask(do="close") == {"ok": None}
+        assert owner.process.wait(20) == 0
+    finally:
+        owner.end()
 
 
 CHANGES: list[dict[str, object]] = [
