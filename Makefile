@@ -59,7 +59,7 @@ sanitize: $(VENV)/.installed-test $(CORE)
 		$(CURDIR)/$(BIN)/python -m pytest -p no:cacheprovider tests/core tests/crash/test_fuzz.py $(SANITIZE_ARGS)
 
 fuzz: $(VENV)/.installed-test
-	SHMCBW_FUZZ_SECONDS=$${SHMCBW_FUZZ_SECONDS:-60} $(BIN)/python -m pytest --timeout 0 tests/crash/test_fuzz.py
+	SHMCBW_FUZZ_SECONDS=$${SHMCBW_FUZZ_SECONDS:-60} $(BIN)/python -m pytest --timeout 0 tests/crash/test_fuzz.py tests/crash/test_fuzz_adoption.py
 
 untrusted: $(VENV)/.installed-test
 	SHMCBW_MATRIX=all $(BIN)/python -m pytest tests/crash/test_untrusted.py
