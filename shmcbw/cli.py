@@ -44,6 +44,11 @@ def _size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def _new_size(text: str) -> tuple[bool, int]:
+    """(whether it is added to the size that there is, bytes)."""
+    return text.startswith("+"), _size(text.removeprefix("+"))
+
+
 def _cluster_size(text: str) -> int:
     try:
         return check_cluster_size(_size(text))
@@ -215,6 +220,17 @@ def _add_daemon_verbs(commands: Any) -> None:
     job.add_argument("speed", metavar="RATE", nargs="?", type=_size, help="for set-speed: bytes a second, 0: no limit")
     job.add_argument("--json", action="store_true", help="print one JSON object")
     job.set_defaults(run=_job)
+
+    resize = commands.add_parser(
+        "resize",
+        help="make an image larger, also one that is served",
+        description="Make IMAGE larger; writers that are attached go on, and follow.  Refused while it has snapshots "
+        "or jobs.  A block device must have its new size already.",
+    )
+    resize.add_argument("image", metavar="IMAGE")
+    resize.add_argument("size", metavar="[+]SIZE", type=_new_size, help="its new size, or by how much it grows")
+    resize.add_argument("--json", action="store_true", help="print one JSON object")
+    resize.set_defaults(run=_resize)
 
     snapshot = commands.add_parser("snapshot", help="snapshots of an image that a daemon serves")
     snapshot.add_argument("verb", choices=("list", "add", "remove", "cat"), help="what to do; cat: to stdout")
@@ -432,6 +448,15 @@ def _job(options: argparse.Namespace) -> int:
     from .workers.remote import job_verb
 
     return _verb(options, job_verb, options.id, speed=options.speed)
+
+
+def _resize(options: argparse.Namespace) -> int:
+    from .workers.remote import resize_image
+
+    added, size = options.size
+    size_bytes = resize_image(options.image, size, added=added)
+    print(json.dumps({"image": options.image, "size_bytes": size_bytes}) if options.json else format_size(size_bytes))
+    return 0
 
 
 def _snapshot(options: argparse.Namespace) -> int:

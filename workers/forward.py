@@ -10,23 +10,40 @@
 From 3 to 6 there is no backup called TARGET; that is the price of not copying it.  If the job fails or everything dies,
 the partial file and CHANGING stay, and the bitmap keeps its old bits.  All that was overwritten is among them, so
 running the job again completes it.  Whatever else is asked of the two files is refused.
+
+If the image has grown, so does the target, after 4; what is new reads as zeroes there, as a resize leaves it in the
+image, and what was written since is in the bitmap.  A target that somebody has made larger before must be a hole there.
 """
 
 from __future__ import annotations
 
+import array
 import errno
 import fcntl
 import logging
+import mmap
 import os
 import stat
 import time
 from dataclasses import replace
 
 from shmcbw.errors import ManifestError, TargetRefusedError
-from shmcbw.image import Identity, ImageFile, close_descriptor
+from shmcbw.image import Identity, ImageFile, close_descriptor, next_data, read_fully
 from shmcbw.points import Point
 
-from .manifest import BEING_MADE, CHANGING, FINISHED, NAMING, PARTIAL_SUFFIX, REST, Description, Manifest, sidecar
+from .manifest import (
+    BEING_MADE,
+    CHANGING,
+    CHECKSUM_MIN,
+    FINISHED,
+    NAMING,
+    PARTIAL_SUFFIX,
+    REST,
+    Description,
+    Manifest,
+    checksum,
+    sidecar,
+)
 from .targets import TargetFile, is_file, rename_without_replacing
 
 LET_GO_S = 2.0
@@ -39,6 +56,8 @@ class ForwardFile(TargetFile):
 
     #: The state of its old manifest before us; None: a coordinator died over it.
     state_before: bytes | None = None
+    #: Bytes before us.
+    size_before: int = 0
 
     @classmethod
     def take(
@@ -66,9 +85,13 @@ class ForwardFile(TargetFile):
                 taken.add_manifest(replace(description, kind=kind, since=origin), image, permissions)
                 assert taken.manifest is not None
                 taken.manifest.copy_words(old)
+                taken._lengthen_tail(old)
+                taken.size_before = os.fstat(taken.fd).st_size
                 taken.state_before = old.state
                 old.change(taken.identity)
                 taken._hide()
+                if taken.size_before < image.size_bytes:
+                    os.ftruncate(taken.fd, image.size_bytes)
             except BaseException:
                 taken.give_back()
                 taken.close()
@@ -105,6 +128,24 @@ class ForwardFile(TargetFile):
                 raise
         raise TargetRefusedError(errno.ENOENT, f"target {path}: it is not there, so it can't be brought forward")
 
+    def _lengthen_tail(self, old: Manifest) -> None:
+        """The last cluster of an image that has grown was shorter: its checksum is that with zeroes behind it now."""
+        assert self.manifest is not None
+        size, cluster_size = old.description.image_size, old.description.cluster_size
+        cluster, length = size // cluster_size, size % cluster_size
+        new_length = min(cluster_size, self.manifest.description.image_size - cluster * cluster_size)
+        if not length or length == new_length:
+            return
+        (word,) = old.words(cluster, cluster + 1)
+        if word < CHECKSUM_MIN:
+            return
+        data = read_fully(self.fd, length, cluster * cluster_size)
+        if checksum(data) == word:
+            self.manifest.put(cluster, array.array("Q", [checksum(data + bytes(new_length - length))]))
+        elif old.state != CHANGING:
+            raise _refused(self.path, f"its last {length} bytes do not fit their checksum")
+        # Else a job that failed has overwritten it: it is in the bitmap, and gets its word when it is copied.
+
     def _hide(self) -> None:
         working = self.path + PARTIAL_SUFFIX
         if self.working_path != working:
@@ -120,6 +161,8 @@ class ForwardFile(TargetFile):
         self.remove_manifest()
         if self.state_before in (None, CHANGING):
             return
+        if os.fstat(self.fd).st_size != self.size_before:
+            os.ftruncate(self.fd, self.size_before)
         if self.state_before != REST and self.working_path != self.path:
             rename_without_replacing(self.working_path, self.path)
             self.working_path = self.path
@@ -175,8 +218,14 @@ def _check(
         raise _refused(path, f"{old.path} is not its manifest")
     if status.st_nlink != 1:
         raise _refused(path, f"it has {status.st_nlink} names: all of them would be changed")
-    if status.st_size != image.size_bytes or base.image_size != image.size_bytes:
-        raise _refused(path, f"it has {status.st_size} bytes, the source {image.size_bytes}: not its backup")
+    if not base.image_size <= status.st_size <= image.size_bytes:
+        raise _refused(
+            path,
+            f"it has {status.st_size} bytes and was made of an image of {base.image_size}, the source has "
+            f"{image.size_bytes}: not its backup",
+        )
+    if old.state != CHANGING and _has_data_beyond(taken.fd, base.image_size, status.st_size):
+        raise _refused(path, f"it was made larger, and there is data beyond the {base.image_size} bytes of the backup")
     if base.cluster_size != description.cluster_size:
         raise _refused(
             path, f"it was made with clusters of {base.cluster_size} bytes, this image has {description.cluster_size}"
@@ -190,6 +239,12 @@ def _check(
             old.check_table()
         except ManifestError as error:
             raise _refused(path, str(error)) from None
+
+
+def _has_data_beyond(fd: int, start: int, size_bytes: int) -> bool:
+    """Whether a file has anything but a hole from ``start`` on, or zeroes in the block that is there anyway."""
+    block_end = min(-(-start // mmap.PAGESIZE) * mmap.PAGESIZE, size_bytes)
+    return any(read_fully(fd, block_end - start, start)) or next_data(fd, block_end, size_bytes) < size_bytes
 
 
 def _refused(path: str, why: str) -> TargetRefusedError:

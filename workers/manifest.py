@@ -320,10 +320,11 @@ class Manifest:
             raise
 
     def copy_words(self, other: Manifest) -> None:
-        """Take every word of a manifest of the same kind and image."""
-        if (other.description.kind, other.description.clusters) != (self.description.kind, self.description.clusters):
+        """Take every word of a manifest of the same kind, and of the same image, which may have been smaller."""
+        ours, theirs = self.description, other.description
+        if ours.kind != theirs.kind or ours.cluster_size != theirs.cluster_size or ours.clusters < theirs.clusters:
             raise ValueError(f"{other.path} has other clusters than {self.path}")
-        position, stop = HEADER_BYTES, HEADER_BYTES + WORD_BYTES * self.description.clusters
+        position, stop = HEADER_BYTES, HEADER_BYTES + WORD_BYTES * theirs.clusters
         while position < stop:
             try:
                 position = os.lseek(other.fd, position, os.SEEK_DATA)

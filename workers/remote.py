@@ -15,6 +15,7 @@ from shmcbw.errors import JobCancelledError, JobFailedError, NoCoordinatorError,
 from shmcbw.image import ImageFile
 from shmcbw.segment import StaleSegmentError, attach
 
+from .coordinator import Coordinator
 from .job_states import CONCLUDED, NULL
 from .jobs import Progress
 from .qmp.client import Client, RefusedError, connect_to_owner
@@ -191,6 +192,23 @@ def _short(job: dict[str, Any]) -> dict[str, Any]:
     found = {"id": job["id"], "status": job["status"], "target": job["target"], "speed": job["speed"]}
     found |= {"bytes": progress["current_bytes"], "of": progress["total_bytes"]}
     return found | ({"error": job["error"]} if job["error"] else {})
+
+
+def resize_image(image: str, size: int, *, added: bool) -> int:
+    """Make an image ``size`` bytes large, or larger by so much: its size then.
+
+    By the daemon that serves it, else as its coordinator for the moment.  Errors as of `Coordinator.resize`.
+    """
+    with closing(ImageFile.open(image, writable=False)) as file:
+        size_bytes = file.size_bytes + size if added else size
+    client = daemon_of([image])
+    if client is not None:
+        with client:
+            client.execute("block_resize", node_name=_node(client, image), size=size_bytes)
+        return size_bytes
+    with Coordinator(image, workers=1) as coordinator:
+        coordinator.resize(size_bytes)
+    return size_bytes
 
 
 def snapshot_verb(

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 import shmcbw
-from shmcbw import _core
+from shmcbw import _core, failpoints
 from shmcbw.epochs import advance, epoch
 from shmcbw.layout import Header
 from shmcbw.workers import Coordinator
+from shmcbw.workers.groups import Scratch, take_group
 from tests.conftest import wait_for
 from tests.processes import CONTEXT, hold_in_flight, running, write_forever
 
@@ -121,3 +122,27 @@ def test_a_cut_is_refused_when_the_epochs_are_used_up(make_image: Callable[..., 
             coordinator.snapshot(tmp_path / "scratch")
         disk.pwrite(b"x", 0)
     assert CONTEXT.get_start_method() == "spawn"
+
+
+@pytest.mark.parametrize("step", ["odd", "quiet", "published"])
+@pytest.mark.parametrize("members", [1, 2])
+def test_a_cut_that_is_interrupted_while_writers_are_held_opens_at_once(
+    make_image: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, members: int
+) -> None:
+    """Between the odd and the even epoch, by whatever exception: nobody waits for the end of the limit, 10 s here."""
+    monkeypatch.setenv("SHMCBW_FAILPOINTS", "segment")
+    image = make_image(SIZE)
+    before = image.read_bytes()
+    with Coordinator(image, workers=1, drain_limit=10) as coordinator, shmcbw.open(image) as disk:
+        failpoints.arm(coordinator.segment.memory, f"coordinator.{step}", "errno:EINTR*1")
+        requests = [Scratch(coordinator, tmp_path / f"scratch{number}") for number in range(members)]
+        started = time.monotonic()
+        with pytest.raises(InterruptedError):
+            take_group(requests)
+        assert epoch(coordinator.segment) % 2 == 0
+        disk.pwrite(b"x", 0)
+        assert time.monotonic() - started < 5
+        assert coordinator.status()["snapshots"] == [] and not list(tmp_path.glob("scratch*"))
+        assert coordinator.status()["counters"]["cuts_abandoned"] == 1
+        coordinator.backup(tmp_path / "out").wait()
+        assert (tmp_path / "out").read_bytes() == b"x" + before[1:]

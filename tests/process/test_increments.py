@@ -7,15 +7,19 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import shmcbw
+from shmcbw import failpoints
 from shmcbw.cli import main
-from shmcbw.errors import ChainError, ManifestError, VerificationError
-from shmcbw.workers import Coordinator, Job
+from shmcbw.errors import ChainError, JobCancelledError, ManifestError, TargetRefusedError, VerificationError
+from shmcbw.workers import Backup, Coordinator, Job, JobTransaction, backup_group
 from shmcbw.workers.manifest import CHECKSUM_MIN, HEADER_BYTES, Manifest, checksum
+from shmcbw.workers.verify import verify
 from tests.chains import assert_never_wrong, change, restored
+from tests.conftest import wait_for
 
 CLUSTER = 65536
 SIZE = 24 * CLUSTER + 5000
@@ -150,6 +154,115 @@ def test_a_backup_is_brought_forward_in_place_with_its_zeroes(
     disk.pwrite(b"later", 20 * CLUSTER)
     chain = [target, increment(coordinator, backups / "increment")]
     assert restored(chain, tmp_path / "out") == Path(coordinator.path).read_bytes()
+
+
+def test_in_place_in_a_group_that_fails_both_are_completed_by_the_next_one(
+    make_image: Callable[..., Path], backups: Path
+) -> None:
+    images = [make_image(SIZE, name=f"{number}.img") for number in "12"]
+    with Coordinator(images[0], workers=1) as one, Coordinator(images[1], workers=1) as two:
+        owners = {"1": one, "2": two}
+        targets = {}
+        for (number, owner), image in zip(owners.items(), images, strict=True):
+            owner.bitmaps.add("b")
+            targets[number] = base(owner, backups / number)
+            with shmcbw.open(image) as disk:
+                disk.pwrite(b"changed" * 9999, 3 * CLUSTER)
+        how: dict[str, Any] = {"sync": "incremental", "bitmap": "b", "in_place": True}
+        transaction = JobTransaction()
+        jobs = backup_group(
+            [
+                # The first one has done its work before the second one is cancelled.
+                Backup(one, targets["1"], transaction=transaction, **how),
+                Backup(two, targets["2"], transaction=transaction, speed=1, **how),
+            ]
+        )
+        wait_for(lambda: jobs[0].status == "waiting", "the first one waits")
+        jobs[1].cancel()
+        for job in jobs:
+            with pytest.raises(JobCancelledError):
+                job.wait(20)
+        for (number, owner), image in zip(owners.items(), images, strict=True):
+            assert not targets[number].exists() and (backups / f"{number}.shmcbw-partial").exists()
+            assert owner.bitmaps["b"].count_bytes(owner.bitmaps.epochs) == 2 * CLUSTER
+            with shmcbw.open(image) as disk:
+                disk.pwrite(b"later", 9 * CLUSTER)
+        for job in backup_group([Backup(owner, targets[number], **how) for number, owner in owners.items()]):
+            job.wait(20)
+        for number, image in zip(owners, images, strict=True):
+            assert targets[number].read_bytes() == image.read_bytes()
+            assert not verify(str(targets[number])).differing
+
+
+@pytest.mark.parametrize("how", ["by us", "before, by hand"])
+def test_the_backup_of_an_image_that_has_grown_grows_in_place(
+    coordinator: Coordinator, image: Path, disk: shmcbw.Disk, backups: Path, how: str
+) -> None:
+    """Also its last cluster, which was shorter and is not in the bitmap, has the right checksum."""
+    target = base(coordinator, backups / "target")
+    coordinator.resize(SIZE + 5 * CLUSTER + 77)
+    disk.pwrite(b"changed", 3 * CLUSTER)
+    disk.pwrite(b"in what is new", SIZE + 2 * CLUSTER)
+    if how != "by us":
+        os.truncate(target, SIZE + 5 * CLUSTER + 77)
+    increment(coordinator, target, in_place=True)
+    assert target.read_bytes() == image.read_bytes()
+    assert not verify(str(target)).differing
+    assert restored([target], backups / "restored") == image.read_bytes()
+    assert coordinator.bitmaps["b"].count_bytes(coordinator.bitmaps.epochs) == 0
+
+
+def test_a_failed_job_in_place_of_a_grown_image_is_completed_by_the_next_one(
+    coordinator: Coordinator, image: Path, disk: shmcbw.Disk, backups: Path
+) -> None:
+    target = base(coordinator, backups / "target")
+    coordinator.resize(SIZE + 5 * CLUSTER)
+    disk.pwrite(b"new" * CLUSTER, SIZE - 9)
+    job = coordinator.backup(target, sync="incremental", bitmap="b", in_place=True, speed=1)
+    disk.pwrite(b"newer", SIZE)
+    job.cancel()
+    assert not target.exists()
+    coordinator.resize(SIZE + 6 * CLUSTER)
+    disk.pwrite(b"newest", SIZE + 6 * CLUSTER - 6)
+    increment(coordinator, target, in_place=True)
+    assert target.read_bytes() == image.read_bytes()
+    assert not verify(str(target)).differing
+
+
+@pytest.mark.parametrize("why", ["shorter", "data beyond", "data far beyond", "longer than the image"])
+def test_what_is_no_backup_of_a_smaller_image_is_refused_and_stays_as_it_was(
+    coordinator: Coordinator, backups: Path, why: str
+) -> None:
+    target = base(coordinator, backups / "target")
+    coordinator.resize(SIZE + 2 * CLUSTER)
+    with target.open("r+b") as file:
+        if why.startswith("data"):
+            file.seek(SIZE if why == "data beyond" else SIZE + CLUSTER)
+            file.write(b"something")
+        else:
+            os.truncate(file.fileno(), SIZE - 1 if why == "shorter" else SIZE + 3 * CLUSTER)
+    before = target.read_bytes()
+    with pytest.raises(TargetRefusedError, match=r"there is data beyond|not its backup"):
+        increment(coordinator, target, in_place=True)
+    assert target.read_bytes() == before
+
+
+def test_a_target_that_has_grown_shrinks_again_if_there_is_no_cut(
+    image: Path, backups: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHMCBW_FAILPOINTS", "segment")
+    with Coordinator(image, workers=1) as coordinator:
+        coordinator.bitmaps.add("b")
+        target = base(coordinator, backups / "target")
+        before = target.read_bytes()
+        coordinator.resize(SIZE + CLUSTER)
+        failpoints.arm(coordinator.segment.memory, "coordinator.bitmap", "errno:ENOSPC*1")
+        with pytest.raises(OSError, match="No space left"):
+            increment(coordinator, target, in_place=True)
+        assert target.read_bytes() == before
+        assert not verify(str(target)).differing
+        increment(coordinator, target, in_place=True)
+        assert target.read_bytes() == image.read_bytes()
 
 
 def test_a_failed_job_in_place_is_completed_by_the_next_one(

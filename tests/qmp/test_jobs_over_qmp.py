@@ -117,6 +117,48 @@ def test_a_job_is_as_before_after_a_kill_of_the_daemon(set_: Set, state: str) ->
     assert count == CLUSTER, "what was written since the cut; before it, nothing was"
 
 
+@pytest.mark.parametrize("step", ["coordinator.prepared", "coordinator.published", "coordinator.even"])
+def test_a_kill_around_a_jobs_cut_leaves_all_of_the_transaction_or_what_was_before(set_: Set, step: str) -> None:
+    """Killed before the cut there was no job; behind it, when the job is `created` and nobody was told, there is one.
+    The late changes to bitmaps are not made in either case: they hold more than they must, never less."""
+    client = set_.client
+    client.execute("block-dirty-bitmap-add", node="n", name="b")
+    with shmcbw.open(set_.image) as disk:
+        disk.pwrite(b"before", 5 * CLUSTER)
+        content = set_.image.read_bytes()
+        bitmaps = _bitmaps(client)
+        client.execute("x-shmcbw-set-failpoint", node_name="n", name=step, action="kill*1")
+        actions = [
+            {"type": "block-dirty-bitmap-add", "data": {"node": "n", "name": "new"}},
+            {"type": "block-dirty-bitmap-clear", "data": {"node": "n", "name": "b"}},
+            {
+                "type": "blockdev-backup",
+                "data": {"device": "n", "target": "t", "sync": "full", "job-id": "j", "auto-dismiss": False},
+            },
+        ]
+        with pytest.raises((EOFError, ConnectionError)):
+            client.execute("transaction", actions=actions)
+        client = set_.again()
+        disk.pwrite(b"after", 6 * CLUSTER)
+    found = _bitmaps(client)
+    assert list(found) == ["b"], "what was to be added is not there"
+    assert found["b"]["recording"] and found["b"]["count"] == bitmaps["b"]["count"] + CLUSTER
+    jobs = client.execute("query-jobs")
+    if step != "coordinator.prepared":
+        assert [job["id"] for job in jobs] == ["j"]
+        wait_for(lambda: client.execute("query-jobs")[0]["status"] == "concluded", "it goes on to its end")
+        client.execute("job-dismiss", id="j")
+        assert set_.target.read_bytes() == content
+    else:
+        assert jobs == []
+        assert set_.target.read_bytes() == bytes(SIZE)
+        assert "return" in client.ask("blockdev-add", driver="file", node_name="t", filename=str(set_.target))
+        client.execute("transaction", actions=actions[1:])
+        client.wait_status("j", "concluded")
+        client.execute("job-dismiss", id="j")
+        assert _bitmaps(client)["b"]["count"] == 0
+
+
 def _bitmaps(client: Connection) -> dict[str, dict[str, Any]]:
     nodes = {each["node-name"]: each for each in client.execute("query-named-block-nodes")}
     return {each["name"]: each for each in nodes["n"].get("dirty-bitmaps", [])}

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 import shmcbw
+from shmcbw.cli import main
 from tests.monitor import Connection, Monitored, StorageDaemon
 
 MakeImage = Callable[..., Path]
@@ -80,3 +84,20 @@ def test_a_file_that_a_qemu_has_is_not_resized(tmp_path: Path, make_image: MakeI
             qemu.wait()
         assert other.stat().st_size == SIZE
         client.execute("block_resize", node_name="other", size=2 * SIZE)
+
+
+def test_the_command_line_makes_an_image_larger_served_or_not(
+    tmp_path: Path, make_image: MakeImage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = make_image(SIZE)
+    with Monitored(tmp_path, "--image", f"filename={image},node-name=n") as daemon, shmcbw.open(image) as disk:
+        assert main(["resize", str(image), "+1M"]) == 0
+        assert image.stat().st_size == SIZE + (1 << 20)
+        disk.pwrite(b"new", SIZE + 500_000)
+        client = daemon.connect()
+        assert client.execute("query-block")[0]["inserted"]["image"]["virtual-size"] == SIZE + (1 << 20)
+        assert main(["resize", str(image), str(SIZE)]) == 1
+        assert "does not shrink" in capsys.readouterr().err
+    capsys.readouterr()
+    assert main(["resize", str(image), "8M", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["size_bytes"] == image.stat().st_size == 8 << 20
