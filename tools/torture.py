@@ -33,6 +33,7 @@ from tools.torturing.evidence import Evidence
 from tools.torturing.figures import Figures, lines, never_happened
 from tools.torturing.place import Place
 from tools.torturing.storm import Interrupted, Storm
+from tools.torturing.together import judge_groups
 from tools.torturing.watch import SHM
 
 PROGRESS_S = 5.0
@@ -113,6 +114,8 @@ def _play(options: argparse.Namespace, interrupt: _Interrupt, places: Sequence[P
             seed = f"{options.seed} {total.rounds}"
             plans = plan.image_plans(
                 seed,
+                # On disk and in memory.
+                together=total.rounds % 4 in (0, 3),
                 images=options.images,
                 writers=options.writers,
                 readers=options.readers,
@@ -143,8 +146,10 @@ def _play(options: argparse.Namespace, interrupt: _Interrupt, places: Sequence[P
 def judge_again(directory: Path) -> Figures:
     """The judgement of a round that was kept."""
     figures = Figures(rounds=1)
-    for image in sorted(directory.glob("image*")):
-        figures.add(Evidence(Place(image)).judge())
+    evidences = [Evidence(Place(image)) for image in sorted(directory.glob("image*"))]
+    for evidence in evidences:
+        figures.add(evidence.judge())
+    figures.add(judge_groups(evidences))
     return figures
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from shmcbw.workers.stamps import BLOCK_SIZE, DATA, NEVER_NS, ZERO, Layout, LogWriter, Unit, make_unit
 from shmcbw.workers.stamps import Log as StampLog
-from tools.torturing.judge import History, judge
+from tools.torturing.judge import History, Judgement, agree, judge
 from tools.torturing.plan import first_decisions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,6 +66,12 @@ def test_a_writer_that_stands_still_is_found() -> None:
     status, found = torture("--seconds", "3", "--rate", "0.3", "--cbw-timeout", "0.1", "--sabotage", "sleep")
     assert status == 1
     assert "hang" in kinds(found)
+
+
+def test_a_group_whose_members_are_cut_one_after_the_other_is_found() -> None:
+    status, found = torture("--seconds", "4", "--images", "2", "--rate", "1", "--sabotage", "apart")
+    assert status == 1
+    assert any("no instant" in failure["what"] for failure in found["failures"])
 
 
 def test_the_same_seed_gives_the_same_schedule() -> None:
@@ -125,11 +131,20 @@ class World:
         inaccessible: list[tuple[int, int]] | None = None,
         sizes: Sequence[int] = (),
     ) -> list[str]:
+        return self.judged(data, inaccessible, cut, sizes).wrong
+
+    def judged(
+        self,
+        data: bytes,
+        inaccessible: list[tuple[int, int]] | None = None,
+        cut: tuple[int, int] = (0, NEVER_NS),
+        sizes: Sequence[int] = (),
+    ) -> Judgement:
         histories = [
             History(StampLog.read(path, self.layout), killed, frozenset(refused))
             for path, killed, refused in zip(self.paths, self.killed, self.refused, strict=True)
         ]
-        return judge(data, histories, self.layout, cut, inaccessible or [], sizes).wrong
+        return judge(data, histories, self.layout, cut, inaccessible or [], sizes)
 
 
 @pytest.fixture
@@ -227,6 +242,21 @@ def test_a_copy_has_a_size_of_its_instant_and_shows_no_less_than_was_there(world
     data, cut = world.copy()
     assert world.wrong(data[:small], cut, sizes=[small, len(data)]) != [], "somebody had written beyond its end"
     assert world.wrong(data, cut, sizes=[small, len(data)]) == []
+
+
+def test_copies_of_two_images_agree_if_no_write_of_one_is_there_without_an_earlier_one_of_the_other(
+    world: World,
+) -> None:
+    before, _ = world.copy()
+    world.write(0)
+    world.write(1)
+    after, _ = world.copy()
+    first, second = (world.judged(data).bounds for data in (before, after))
+    end = world.units[0].offset + world.units[0].length
+    only_the_second = world.judged(before[:end] + after[end:], [(0, end)])
+    assert agree(first)
+    assert agree(second)
+    assert not agree([*first, *only_the_second.bounds]), "the second write is there, the first one is not"
 
 
 def test_blocks_of_no_write_are_wrong(world: World) -> None:

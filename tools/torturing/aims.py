@@ -12,11 +12,22 @@ import itertools
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 from tools.torturing import plan, watch
 from tools.torturing.crew import Crew
 from tools.torturing.nursery import Child
-from tools.torturing.place import A_RESIZE, CLOSE_NOW, CLOSING, CUTTING, DROPPING, RESIZING, STARTING
+from tools.torturing.place import (
+    A_GROUP,
+    A_RESIZE,
+    CLOSE_NOW,
+    CLOSING,
+    CUTTING,
+    DROPPING,
+    GROUPING,
+    RESIZING,
+    STARTING,
+)
 from tools.torturing.plan import COORDINATOR, READER, WRITER, Decision
 
 #: For the moment aimed at; then any moment is good.
@@ -33,6 +44,7 @@ _STAGES = {
     plan.DROP: DROPPING,
     plan.CLOSE: CLOSING,
     plan.START: STARTING,
+    plan.GROUP: GROUPING,
     plan.RESIZE: RESIZING,
 }
 
@@ -153,6 +165,8 @@ class Aims:
         child = crew.coordinator
         if child is None or not child.alive:
             return
+        if decision.aim == plan.GROUP and not crew.plan.together:
+            decision = replace(decision, aim=plan.CUT)
         if decision.act == plan.RESTART:
             crew.figures.counts["starts.orderly restarts"] += 1
             crew.orders.value = CLOSE_NOW
@@ -161,6 +175,8 @@ class Aims:
             crew.kill(child)
         elif decision.aim == plan.CLOSE:
             crew.orders.value = CLOSE_NOW
+        elif decision.aim == plan.GROUP:
+            crew.wish.value = A_GROUP
         elif decision.aim == plan.RESIZE:
             crew.wish.value = A_RESIZE
         elif decision.aim == plan.ODD:

@@ -33,9 +33,7 @@ from tools.torturing.place import (
     CLOSING,
     CUTTING,
     DROPPING,
-    FINISH,
     IDLE,
-    NOTHING,
     RESIZING,
     STARTING,
     EventWriter,
@@ -58,11 +56,11 @@ TRIES_S = 2.0
 CANCEL_LIMIT_S = 2.0
 
 ACTS = ("backup", "snapshot", "drop", "discard", "cancel", "speed", "status", "check", "resize", "rest")
-WEIGHTS = (5, 4, 2, 3, 0.7, 3, 1, 0.3, 0.1, 6)
+WEIGHTS = (5, 4, 2, 3, 0.7, 3, 1, 0.3, 0.2, 6)
 
 
 class Role:
-    """One incarnation."""
+    """One image in one incarnation."""
 
     def __init__(self, place: Place, incarnation: int) -> None:
         self.plan = ImagePlan.load(place.plan)
@@ -73,11 +71,11 @@ class Role:
         self.stage = SharedByte(place.stage)
         self.orders = SharedByte(place.orders)
         self.wish = SharedByte(place.wish)
-        self.parent = os.getppid()
         self.count = 0
         self.reads = 0
         self.copies = len(os.listdir(place.targets)) + place.count_reads("read")
         self.running: dict[str, Job] = {}
+        self.unlimited: set[str] = set()
         self.unlimited_s: dict[str, float] = {}
         self.hanging: set[str] = set()
         self.snapshots: dict[str, CoordinatorSnapshot] = {}
@@ -85,10 +83,11 @@ class Role:
         # Held while a snapshot is read, and while the set of snapshots changes.
         self.reading = threading.Lock()
         self.ended = threading.Event()
+        self.reader = threading.Thread(target=self._read_on, name="reader", daemon=True)
 
     # -- the life of an incarnation --------------------------------------------------------------------------------
 
-    def run(self) -> None:
+    def open(self) -> None:
         self.stage.value = STARTING
         coordinator = self._start()
         if coordinator is None:
@@ -96,23 +95,24 @@ class Role:
         self.coordinator = coordinator
         self._adopt()
         self.stage.value = IDLE
-        reader = threading.Thread(target=self._read_on, name="reader", daemon=True)
-        reader.start()
-        while not self.orders.value and os.getppid() == self.parent:
-            with self._told():
-                self._act()
-            with self._told():
-                self._follow_wish()
-            with self._told():
-                self._follow_jobs()
-            time.sleep(self.chance.random() ** 2 * 0.060)
+
+    def begin_reading(self) -> None:
+        self.reader.start()
+
+    def turn(self) -> None:
+        with self.told():
+            self._act()
+        with self.told():
+            self._follow_jobs()
+
+    def end(self, *, finish: bool) -> None:
         self.ended.set()
-        reader.join()
-        if self.orders.value == FINISH:
+        self.reader.join()
+        if finish:
             self._finish()
         self.stage.value = CLOSING
         self.events.write("closing", jobs=list(self.running), snapshots=list(self.snapshots))
-        coordinator.close()
+        self.coordinator.close()
         self.stage.value = AWAY
         self.events.write("closed")
 
@@ -136,7 +136,7 @@ class Role:
         return {os.path.basename(snapshot._entry.target.path): snapshot for snapshot in self.coordinator.snapshots}
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
+    def told(self) -> Iterator[None]:
         """What no caller should meet goes to the log of events; the role goes on."""
         try:
             yield
@@ -148,29 +148,51 @@ class Role:
     def _act(self) -> None:
         getattr(self, f"_{self.chance.choices(ACTS, WEIGHTS)[0]}")()
 
+    def _resize(self) -> None:
+        self.resize()
+
     def _rest(self) -> None:
         pass
 
-    def _take(self, kind: str, name: str) -> Any:
-        """A cut, for a backup or a snapshot: its Job or CoordinatorSnapshot; None if it was given up."""
-        chance, path = self.chance, self.place.targets / name
+    def choose(self, kind: str, name: str, group: str | None = None) -> dict[str, Any]:
+        """Say that a cut begins, and of what it is to be."""
+        chance = self.chance
         policy = chance.choice(("break-snapshot", "break-snapshot", "break-snapshot", "break-guest-write"))
         sync = chance.choice(("full", "full", "top", "none")) if kind == "backup" else "none"
         speed = chance.choice((0, 0, 1 << 20, 8 << 20, 32 << 20))
-        self.events.write("call", kind=kind, name=name, policy=policy, sync=sync, speed=speed)
+        if speed == 0 and sync != "none":
+            self.unlimited.add(name)
+        asked = {"policy": policy, "sync": sync, "speed": speed}
+        self.events.write("call", kind=kind, name=name, group=group, **asked)
+        return asked
+
+    def took(self, name: str, taken: Any) -> None:
+        """A cut was taken: its Job or CoordinatorSnapshot."""
+        self.events.write("cut", name=name, drained_ns=taken.drained_ns)
+        if name.startswith("backup"):
+            self.copies += 1
+            self.running[name] = taken
+            if name in self.unlimited:
+                self.unlimited_s[name] = time.monotonic()
+        else:
+            with self.reading:
+                self.snapshots[name] = taken
+
+    def _take(self, kind: str) -> None:
+        """A cut, for a backup or a snapshot."""
+        name = self.new_name(kind)
+        asked, path, timeout_s = self.choose(kind, name), self.place.targets / name, self.plan.cbw_timeout_s
+        sync, speed, policy = asked["sync"], asked["speed"], asked["policy"]
         self.stage.value = CUTTING
-        taken: Any = None
-        timeout_s = self.plan.cbw_timeout_s
         try:
+            taken: Any
             if kind == "backup":
                 taken = self.coordinator.backup(
                     path, sync=sync, speed=speed, on_cbw_error=policy, cbw_timeout=timeout_s
                 )
-                if speed == 0 and sync != "none":
-                    self.unlimited_s[name] = time.monotonic()
             else:
                 taken = self.coordinator.snapshot(path, on_cbw_error=policy, cbw_timeout=timeout_s)
-            self.events.write("cut", name=name, drained_ns=taken.drained_ns)
+            self.took(name, taken)
         except CutAbandonedError as error:
             self.events.write("abandoned", name=name, error=str(error))
         except Exception as error:
@@ -178,29 +200,18 @@ class Role:
             raise
         finally:
             self.stage.value = IDLE
-        return taken
 
-    def _name(self, kind: str) -> str:
+    def new_name(self, kind: str) -> str:
         self.count += 1
         return f"{kind}-{self.incarnation}-{self.count}"
 
     def _backup(self) -> None:
-        if len(self.running) >= JOBS_MAX or self.copies >= COPIES_MAX:
-            return
-        name = self._name("backup")
-        job = self._take("backup", name)
-        if job is not None:
-            self.running[name] = job
-            self.copies += 1
+        if len(self.running) < JOBS_MAX and self.copies < COPIES_MAX:
+            self._take("backup")
 
     def _snapshot(self) -> None:
-        if len(self.snapshots) >= SNAPSHOTS_MAX:
-            return
-        name = self._name("snapshot")
-        snapshot = self._take("snapshot", name)
-        if snapshot is not None:
-            with self.reading:
-                self.snapshots[name] = snapshot
+        if len(self.snapshots) < SNAPSHOTS_MAX:
+            self._take("snapshot")
 
     def _drop(self) -> None:
         if self.snapshots:
@@ -256,12 +267,7 @@ class Role:
 
     # -- growing ---------------------------------------------------------------------------------------------------
 
-    def _follow_wish(self) -> None:
-        if self.wish.value != NOTHING:
-            self.wish.value = NOTHING
-            self._resize()
-
-    def _resize(self) -> None:
+    def resize(self) -> None:
         """To the next size.  A resize is refused beside snapshots: so they end before."""
         now = os.stat(self.place.image).st_size
         size = min((size for size in self.plan.sizes if size > now), default=0)
@@ -323,7 +329,7 @@ class Role:
     def _finish(self) -> None:
         """Everything that is under way comes to its end."""
         for name, job in list(self.running.items()):
-            with self._told():
+            with self.told():
                 if job.sync == "none":
                     self.events.write("cancel", name=name)
                     job.cancel()
@@ -332,18 +338,18 @@ class Role:
         for name, job in list(self.running.items()):
             while job.status != "concluded" and time.monotonic() - started < _limit_s(job):
                 time.sleep(0.005)
-            with self._told():
+            with self.told():
                 if job.status == "concluded":
                     self._conclude(name, job)
                 else:
                     self._say_hanging(name, job)
         for name in list(self.snapshots):
-            with self._told():
+            with self.told():
                 self._read(name, self.snapshots[name])
-        with self._told():
+        with self.told():
             self._check()
         for name in list(self.snapshots):
-            with self._told():
+            with self.told():
                 self._drop_one(name)
 
     # -- reads -----------------------------------------------------------------------------------------------------
@@ -354,7 +360,7 @@ class Role:
         while not self.ended.wait(chance.random() * 0.3):
             if self.copies >= COPIES_MAX:
                 continue
-            with self.reading, self._told():
+            with self.reading, self.told():
                 names = [name for name in self.snapshots if name not in self.broken]
                 if names:
                     name = chance.choice(names)

@@ -18,7 +18,7 @@ from tools.torturing import watch
 from tools.torturing.evidence import Fate
 from tools.torturing.figures import Figures
 from tools.torturing.nursery import Child, Nursery
-from tools.torturing.place import GO_ON, STARTING, EventReader, Place, SharedByte
+from tools.torturing.place import EventReader, Place, SharedByte
 from tools.torturing.plan import COORDINATOR, READER, WRITER, ImagePlan
 from tools.torturing.stalls import Stalls
 from tools.torturing.watch import Death, Watch
@@ -64,20 +64,17 @@ class Crew:
         self.hung: set[int] = set()
         self.deaths: list[Death] = []
         self.kept_up = True
-        self.incarnations = 0
 
     def fail(self, kind: str, what: str) -> None:
         self.figures.fail(kind, self.place.directory.name, what)
 
     # -- starting --------------------------------------------------------------------------------------------------
 
-    def start_coordinator(self) -> None:
-        self.orders.value = GO_ON
-        self.stage.value = STARTING
-        self.coordinator = self.nursery.start(COORDINATOR, self.place, 0, self.incarnations)
-        self.events = EventReader(self.place.events(COORDINATOR, 0, self.incarnations))
-        self.incarnations += 1
-        self.children.append(self.coordinator)
+    def coordinator_started(self, child: Child) -> None:
+        """It may be another crew's too."""
+        self.coordinator = child
+        self.events = EventReader(self.place.events(COORDINATOR, 0, child.incarnation))
+        self.children.append(child)
 
     def start_writer(self, number: int) -> None:
         incarnation = sum(child.role == WRITER and child.number == number for child in self.children)
@@ -96,9 +93,7 @@ class Crew:
     # -- looking ---------------------------------------------------------------------------------------------------
 
     def keep_up(self) -> None:
-        """Start again who died; whoever died by himself has failed."""
-        if self.coordinator is not None and self.nursery.died(self.coordinator):
-            self._coordinator_died(self.coordinator)
+        """Start writers and readers again that died; whoever died by himself has failed."""
         for number, child in list(self.writers.items()):
             if self.nursery.died(child):
                 if child.killed_ns is None:
@@ -119,7 +114,7 @@ class Crew:
                 else:
                     del self.readers[number]
 
-    def _coordinator_died(self, child: Child) -> None:
+    def coordinator_died(self, child: Child) -> None:
         if child.killed_ns is None and child.status != 0:
             # A start that failed is in the events.
             self.failed_starts += 1
@@ -131,11 +126,9 @@ class Crew:
         if self.ready_ns is not None:
             self.ready_ns = None
             self.unready_since_ns = time.monotonic_ns()
-        if self.kept_up:
-            self.start_coordinator()
 
     def said(self, child: Child) -> str:
-        path = self.place.said(child.role, child.number, child.incarnation)
+        path = child.place.said(child.role, child.number, child.incarnation)
         return path.read_text(errors="replace")[-3000:].strip() if path.exists() else ""
 
     def follow_events(self) -> None:

@@ -27,6 +27,7 @@ from tools.torturing import coordinator
 from tools.torturing.coordinator import TRIES_S
 from tools.torturing.place import Place
 from tools.torturing.plan import ImagePlan
+from tools.torturing.session import Session
 
 NODE = "image"
 LOOK_S = 0.005
@@ -222,7 +223,7 @@ class Role(coordinator.Role):
 def _act(role: Role) -> None:
     """The client's thread.  Whatever ends it but the role's end ends the process."""
     try:
-        role.run()
+        Session([role]).run()
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
@@ -254,7 +255,9 @@ def _serve(place: Place, incarnation: int) -> None:
 def run(place: Place, number: int, incarnation: int) -> None:
     """The whole life of one incarnation of either kind; returns when it has closed the coordinator, as ordered."""
     assert number == 0
-    if ImagePlan.load(place.plan).daemon:
+    image_plan = ImagePlan.load(place.plan)
+    if image_plan.daemon:
         _serve(place, incarnation)
-    else:
-        coordinator.Role(place, incarnation).run()
+        return
+    places = [Place(place.directory.parent / name) for name in image_plan.together] or [place]
+    Session([coordinator.Role(each, incarnation) for each in places]).run()

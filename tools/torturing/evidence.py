@@ -53,6 +53,8 @@ class Taken:
     kind: str
     policy: str
     cut: Interval
+    incarnation: int
+    group: str | None = None
     sure: bool = False  # the call has returned
     cancelled: bool = False  # by somebody, or dropped, or the coordinator was closed
     ended_ns: int = NEVER_NS  # when somebody began to cancel, drop or close it
@@ -62,6 +64,7 @@ class Taken:
     broken: bool = False
     reads: list[dict[str, Any]] = field(default_factory=list)
     discards: list[tuple[int, int, int]] = field(default_factory=list)  # ns, first and last byte
+    bounds: list[list[Interval]] = field(default_factory=list)  # of the instant, by all copies of a group's member
 
 
 class Evidence:
@@ -78,6 +81,8 @@ class Evidence:
         self.figures = Figures()
         self.taken: dict[str, Taken] = {}
         self.long_waits: list[Interval] = []
+        #: What each incarnation found, or had, when it was ready.
+        self.ready: dict[int, list[str]] = {}
         #: Of each size: from when on the image may have had it, and must have had it or a larger one.
         self.sizes: dict[int, Interval] = {self.plan.sizes[0]: (0, 0)}
 
@@ -156,6 +161,7 @@ class Evidence:
         self.figures.at_least("start", event["ns"] - fate.started_ns)
         self.figures.counts["starts.ready"] += 1
         self._has(event["size"], event["ns"])
+        self.ready[fate.incarnation] = event["jobs"] + event["snapshots"]
         self.figures.counts["starts.daemons"] += self.plan.daemon
         self.figures.counts["starts.adopted_jobs"] += len(event["jobs"])
         self.figures.counts["starts.adopted_snapshots"] += len(event["snapshots"])
@@ -176,7 +182,12 @@ class Evidence:
 
     def _on_call(self, event: dict[str, Any], fate: Fate) -> None:
         self.taken[event["name"]] = Taken(
-            event["name"], event["kind"], event["policy"], (event["ns"], fate.dead_ns), cancelled=False
+            event["name"],
+            event["kind"],
+            event["policy"],
+            (event["ns"], fate.dead_ns),
+            fate.incarnation,
+            event["group"],
         )
 
     def _on_cut(self, event: dict[str, Any], fate: Fate) -> None:
@@ -314,7 +325,7 @@ class Evidence:
         if path.exists():
             if taken.given_up or taken.error is not None:
                 self.fail("mismatch", f"{taken.name} exists: {taken.error or 'its cut was given up'}")
-            self._count("backups", taken.name, self._judge_copy(path, taken.cut))
+            self._count("backups", taken.name, self._judge_copy(path, taken.cut), taken)
         elif taken.given_up or taken.cancelled or taken.error is not None:
             self.figures.counts["backups.broken" if taken.broken else "backups.cancelled"] += taken.sure
         elif taken.concluded or taken.sure:
@@ -328,13 +339,15 @@ class Evidence:
             if not any(ns < read["ns"] and a <= first and last <= b for ns, a, b in taken.discards):
                 self.fail("mismatch", f"{read['copy']}: bytes {first}..{last} are inaccessible, nobody discarded them")
         judgement = self._judge_copy(self.place.reads / read["copy"], taken.cut, inaccessible)
-        self._count("reads", read["copy"], judgement)
+        self._count("reads", read["copy"], judgement, taken)
 
     def _judge_copy(self, path: Path, cut: Interval, inaccessible: Sequence[Interval] = ()) -> Judgement:
         sizes = self._sizes_within(cut)
         return judge(path.read_bytes(), self.histories, self.layout, cut, inaccessible, sizes)
 
-    def _count(self, group: str, name: str, judgement: Judgement) -> None:
+    def _count(self, group: str, name: str, judgement: Judgement, taken: Taken) -> None:
+        if taken.group is not None and judgement.right:
+            taken.bounds += judgement.bounds
         self.figures.counts[f"{group}.{'right' if judgement.right else 'wrong'}"] += 1
         self.figures.counts["writes.seen in part"] += judgement.partial
         if judgement.wrong:

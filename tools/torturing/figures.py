@@ -86,9 +86,14 @@ PLAYED = (
 )
 
 
+#: Where one coordinator has several images.
+PLAYED_TOGETHER = ("groups.taken", "groups.of one instant", "groups.killed in the middle", "aims.coordinator at group")
+
+
 def never_happened(figures: Figures) -> list[str]:
     """Which of these are missing."""
-    return [name for name in PLAYED if not figures.counts[name]]
+    wanted = (*PLAYED, *(PLAYED_TOGETHER if figures.counts["groups.rounds"] else ()))
+    return [name for name in wanted if not figures.counts[name]]
 
 
 def lines(figures: Figures) -> list[str]:
@@ -107,6 +112,7 @@ def lines(figures: Figures) -> list[str]:
         f"stops       {some('stops')}",
         f"caught      {some('aims')}",
         f"cuts        {some('cuts')}; drained at most {format_ns(longest['drained'])}",
+        f"groups      {some('groups')}",
         f"resizes     {some('resizes')}",
         f"backups     {some('backups')}",
         f"snapshots   {some('snapshots')}; reads of them: {some('reads')}",

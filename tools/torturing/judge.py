@@ -60,12 +60,14 @@ class History:
 class Judgement:
     """``wrong``: why it is no single instant, empty if it is one.  ``window``: where that instant is.
 
-    partial: units that show a part of a dead writer's last write.
+    partial: units that show a part of a dead writer's last write.  bounds: the intervals that it is in, a list for each
+    that says so.
     """
 
     wrong: list[str]
     window: Interval
     partial: int = 0
+    bounds: list[list[Interval]] = field(default_factory=list)
 
     @property
     def right(self) -> bool:
@@ -116,7 +118,12 @@ def judge(
             miss = min(max(low - window[1], window[0] - high) for low, high in intervals)
             if miss > 0:
                 wrong.append(f"{name} is {miss / 1e6:.3f} ms off the instant that {agreeing} of {len(bounds)} agree on")
-    return Judgement(wrong, window, partial)
+    return Judgement(wrong, window, partial, [intervals for _, intervals in bounds])
+
+
+def agree(bounds: Sequence[Sequence[Interval]]) -> bool:
+    """Whether there is an instant that all of these allow, of however many copies of however many images."""
+    return _most_agreed(bounds)[0] == len(bounds)
 
 
 def _name(unit: Unit) -> str:

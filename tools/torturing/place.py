@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 #: Bytes of `stage`.
-AWAY, STARTING, IDLE, CUTTING, DROPPING, CLOSING, RESIZING = range(7)
+AWAY, STARTING, IDLE, CUTTING, DROPPING, CLOSING, GROUPING, RESIZING = range(8)
 #: Bytes of `orders`.
 GO_ON, CLOSE_NOW, FINISH = range(3)
 #: Bytes of `wish`.
-NOTHING, A_RESIZE = range(2)
+NOTHING, A_GROUP, A_RESIZE = range(3)
 
 
 class Place:

@@ -20,13 +20,13 @@ WRITER, READER, WORKER, COORDINATOR = "writer", "reader", "worker", "coordinator
 POOL, CREW, ALL = "pool", "crew", "all"
 KILL, STOP, RESTART = "kill", "stop", "restart"
 NOW, BUSY, ORPHAN, CUT, ODD = "now", "busy", "orphan", "cut", "odd"
-DROP, START, CLOSE, RESIZE = "drop", "start", "close", "resize"
+DROP, START, CLOSE, GROUP, RESIZE = "drop", "start", "close", "group", "resize"
 
 #: What happens, to whom, at which moment, and how often in proportion.
 #: POOL: all workers of an image.  CREW: these and the coordinator.  ALL: writers and readers too.
 #: BUSY: in a write, in a copy.  ORPHAN: in a copy, when another coordinator has come.  CUT, DROP, CLOSE: in such a call
-#: of the coordinator.  RESIZE: the same, and it is asked for one.  ODD: in a drained section that a stopped writer
-#: makes long.  START: it, and then the next one while that starts.
+#: of the coordinator.  GROUP, RESIZE: the same, and it is asked for one.  ODD: in a drained section that a stopped
+#: writer makes long.  START: it, and then the next one while that starts.
 ACTS: tuple[tuple[str, str, str, float], ...] = (
     (KILL, WRITER, NOW, 3),
     (KILL, WRITER, BUSY, 4),
@@ -41,6 +41,7 @@ ACTS: tuple[tuple[str, str, str, float], ...] = (
     (KILL, COORDINATOR, DROP, 0.5),
     (KILL, COORDINATOR, START, 0.4),
     (KILL, COORDINATOR, CLOSE, 0.3),
+    (KILL, COORDINATOR, GROUP, 0.9),
     (KILL, COORDINATOR, RESIZE, 0.6),
     (KILL, CREW, NOW, 0.3),
     (KILL, ALL, NOW, 0.2),
@@ -53,6 +54,7 @@ ACTS: tuple[tuple[str, str, str, float], ...] = (
     (STOP, COORDINATOR, NOW, 0.7),
     (STOP, COORDINATOR, CUT, 0.7),
     (STOP, COORDINATOR, ODD, 0.5),
+    (STOP, COORDINATOR, GROUP, 0.5),
     (STOP, COORDINATOR, RESIZE, 0.3),
     (RESTART, COORDINATOR, NOW, 0.8),
 )
@@ -100,7 +102,8 @@ def first_decisions(seed: str, images: int, rate: float, count: int) -> list[Dec
 class ImagePlan:
     """One image of a round; sizes in bytes.
 
-    ``sizes``: what it has at first and what it grows to; the last is ``size_bytes``.  ``daemon``: its coordinator is a
+    ``sizes``: what it has at first and what it grows to; the last is ``size_bytes``.  ``together``: the directories of
+    the images that one coordinator process serves, or nothing if each has its own.  ``daemon``: its coordinator is a
     `shmcbw serve`, driven over QMP.  ``share``: of a CPU, for each writer.  ``sabotage``: see `SABOTAGES`.
     """
 
@@ -108,6 +111,7 @@ class ImagePlan:
     image_id: int
     size_bytes: int
     sizes: tuple[int, ...]
+    together: tuple[str, ...]
     initial: int
     cluster_size: int
     writers: int
@@ -129,12 +133,13 @@ class ImagePlan:
     @classmethod
     def load(cls, path: Path) -> ImagePlan:
         plan = json.loads(path.read_text())
-        return cls(**{**plan, "sizes": tuple(plan["sizes"]), "sabotage": tuple(plan["sabotage"])})
+        return cls(**{**plan, **{name: tuple(plan[name]) for name in ("sizes", "together", "sabotage")}})
 
 
 #: How the tool is shown to be able to fail.  bypass: a writer stores past the filter.  sleep: a writer stands still.
-#: litter: a file and a name in /dev/shm are left.  blind: a reader returns the source instead.
-SABOTAGES = ("bypass", "sleep", "litter", "blind")
+#: litter: a file and a name in /dev/shm are left.  blind: a reader returns the source instead.  apart: the members of a
+#: group are cut one after the other.
+SABOTAGES = ("bypass", "sleep", "litter", "blind", "apart")
 
 WRITERS_CPU_SHARE = 0.35
 DAEMON_CHANCE = 0.35
@@ -146,6 +151,7 @@ RESIZES_MAX = 12
 def image_plans(
     seed: str,
     *,
+    together: bool,
     images: int,
     writers: int,
     readers: int,
@@ -154,10 +160,11 @@ def image_plans(
     cbw_timeout_s: float,
     sabotage: tuple[str, ...],
 ) -> list[ImagePlan]:
-    """The images of one round: one of them has a short deadline, one grows."""
+    """The images of one round: one of them has a short deadline, one grows; ``together``: one process serves all."""
     chance = random.Random(f"{seed} images")
     cpus = len(os.sched_getaffinity(0))
     plans = []
+    names = tuple(f"image{image}" for image in range(images)) if together and images > 1 else ()
     short, growing = (chance.randrange(max(2, images)) for _ in range(2))
     for image in range(images):
         blocks = max(size_bytes // BLOCK_SIZE, 48 * writers) + chance.randrange(16)
@@ -171,6 +178,7 @@ def image_plans(
                 image_id=image_id,
                 size_bytes=layout.size_bytes,
                 sizes=_sizes(chance, layout) if image == growing else (layout.size_bytes,),
+                together=names,
                 initial=initial,
                 cluster_size=chance.choice((4, 16, 64, 64, 256)) << 10,
                 writers=writers,
@@ -178,7 +186,7 @@ def image_plans(
                 workers=workers,
                 slots=2 * writers + 2,
                 cbw_timeout_s=min(cbw_timeout_s, SHORT_TIMEOUT_S) if image == short else cbw_timeout_s,
-                daemon=chance.random() < DAEMON_CHANCE,
+                daemon=chance.random() < DAEMON_CHANCE and not names,
                 share=min(1.0, WRITERS_CPU_SHARE * cpus / (images * writers)),
                 sabotage=sabotage,
             )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tools.torturing import plan, watch
 from tools.torturing.aims import Aims
+from tools.torturing.chair import Chair
 from tools.torturing.crew import Crew
 from tools.torturing.evidence import Evidence
 from tools.torturing.figures import Figures
@@ -16,6 +17,7 @@ from tools.torturing.nursery import Nursery
 from tools.torturing.place import FINISH, Place
 from tools.torturing.plan import ImagePlan
 from tools.torturing.stalls import Stalls, Witness
+from tools.torturing.together import judge_groups
 
 #: Everything must be whole again by then after the last kill.
 RECOVER_LIMIT_S = 20.0
@@ -58,11 +60,15 @@ class Storm:
         self._chance = random.Random(f"{seed} end")
         self._nursery = Nursery(cache)
         self._crews: list[Crew] = []
+        self._chairs: list[Chair] = []
         self._aims = Aims(self._crews, plan.decisions(seed, len(plans), rate))
         try:
             for index, image_plan in enumerate(plans):
                 place = Place(directory / f"image{index}")
                 self._crews.append(Crew(place, image_plan, self._nursery, self.figures, self._stalls))
+            together = [self._crews] if plans[0].together else [[crew] for crew in self._crews]
+            self._chairs += [Chair(crews, self._nursery) for crews in together]
+            self.figures.counts["groups.rounds"] += bool(plans[0].together)
         except BaseException:
             self._nursery.close()
             raise
@@ -80,18 +86,22 @@ class Storm:
             pass
         finally:
             self._end(orderly)
+        evidences = []
         for crew in self._crews:
             evidence = Evidence(crew.place)
+            evidences.append(evidence)
             self.figures.add(evidence.judge())
             for name in evidence.leftovers() if orderly else ():
                 crew.fail("leak", f"the file {name} among the targets")
+        self.figures.add(judge_groups(evidences))
         return self.figures
 
     # -- the phases ------------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
+        for chair in self._chairs:
+            chair.start()
         for crew in self._crews:
-            crew.start_coordinator()
             for number in range(crew.plan.writers):
                 crew.start_writer(number)
             for number in range(crew.plan.readers):
@@ -187,6 +197,8 @@ class Storm:
             raise Interrupted
         self._stalls.look()
         due_s = self._aims.turn()
+        for chair in self._chairs:
+            chair.keep_up()
         for crew in self._crews:
             crew.keep_up()
         if time.monotonic() - self._looked_s >= LOOK_S:
