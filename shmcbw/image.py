@@ -21,6 +21,9 @@ HONEST_HOLES = {0xEF53, 0x58465342, 0x9123683E, 0x01021994}
 NETWORK = {0x6969, 0x517B, 0xFF534D42, 0xFE534D42, 0x65735546, 0x00C36400, 0x01021997, 0x5346414F}
 
 
+_TMPFS = 0x01021994
+
+
 class Identity:
     """What names an image on this machine: (st_dev, st_ino), or (st_rdev, 0) for a block device."""
 
@@ -139,3 +142,19 @@ def next_data(fd: int, offset: int, size_bytes: int) -> int:
         if error.errno == errno.EINVAL:
             return offset
         raise
+
+
+def flags_without_waiting(fd: int) -> int | None:
+    """Flags for preadv with which reads of this file are BlockingIOError and never a wait for a disk, or None.
+
+    tmpfs knows no such flag, and needs none.
+    """
+    if _core.file_system(fd) == _TMPFS:
+        return 0
+    try:
+        os.preadv(fd, [bytearray(1)], 0, os.RWF_NOWAIT)
+    except BlockingIOError:
+        pass
+    except OSError:
+        return None
+    return os.RWF_NOWAIT

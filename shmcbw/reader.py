@@ -31,7 +31,15 @@ from .errors import (
 )
 from .failpoints import hit, index_of
 from .groups import counts
-from .image import HONEST_HOLES, Identity, ImageFile, close_descriptor, file_size, next_data
+from .image import (
+    HONEST_HOLES,
+    Identity,
+    ImageFile,
+    close_descriptor,
+    file_size,
+    flags_without_waiting,
+    next_data,
+)
 from .layout import SNAPSHOT_COUNT, Snapshot
 from .segment import Segment, attach
 from .snapshots import (
@@ -98,6 +106,7 @@ class SnapshotReader:
         self._image = image
         self._target_fd = target_fd
         self._honest_holes = _core.file_system(image.fd) in HONEST_HOLES
+        self._source_now, self._target_now = flags_without_waiting(image.fd), flags_without_waiting(target_fd)
         self._bitmap = Bitmap.attach(segment, serial)
         self._closed = False
         #: Of a backup: its target gets its name, and must not have holes.  Now, for the entry may be used again.
@@ -206,6 +215,24 @@ class SnapshotReader:
         view = memoryview(buffer).cast("B")
         return self._read(view, len(view), offset, partial=partial)
 
+    def pread_now(self, buffer: Buffer, offset: int) -> bool:
+        """Fill a writable buffer without waiting for a disk; False with an undefined content if that can't be.
+
+        Then `pread_into` says what it is: a wait, an inaccessible part, an error of a file.
+        """
+        if self._source_now is None or self._target_now is None:
+            return False
+        view = memoryview(buffer).cast("B")
+        call = self._enter("read", len(view), offset)
+        try:
+            return self._fill(view, offset, self._source_now, self._target_now) == len(view)
+        except SnapshotBrokenError:
+            raise
+        except OSError:
+            return False
+        finally:
+            self._leave(call)
+
     def _read(self, view: memoryview, count: int, offset: int, *, partial: bool) -> int:
         call = self._enter("read", count, offset)
         try:
@@ -217,8 +244,8 @@ class SnapshotReader:
         finally:
             self._leave(call)
 
-    def _fill(self, view: memoryview, offset: int) -> int:
-        """Read into the view up to the first inaccessible byte: how many that are."""
+    def _fill(self, view: memoryview, offset: int, source_flags: int = 0, target_flags: int = 0) -> int:
+        """Read into the view up to the first inaccessible byte: how many that are.  Flags: of preadv."""
         size, memory, failpoints = self.cluster_size_bytes, self._bitmap.memory, self._segment.failpoints
         position, stop = offset, offset + len(view)
         looked, looks = position, 0
@@ -234,7 +261,7 @@ class SnapshotReader:
             if value == ZERO:
                 piece[:] = bytes(length)
             elif value in (COPIED, COPIED_FOR_WRITER):
-                _read_fully(self._target_fd, piece, position, "target")
+                _read_fully(self._target_fd, piece, position, "target", target_flags)
                 hit(failpoints, _READ)
                 # A discard says SKIPPED and then punches the target: who got its zeroes sees that.  The fence keeps the
                 # second look behind the read.
@@ -242,7 +269,7 @@ class SnapshotReader:
                 if _core.run(memory, first, run_end) != (value, run_end):
                     continue
             elif value < COPIED:
-                _read_fully(self._image.fd, piece, position, "source")
+                _read_fully(self._image.fd, piece, position, "source", source_flags)
                 hit(failpoints, _READ)
                 good_end = self._still_uncopied(first, run_end)
                 if good_end == first:
@@ -529,10 +556,10 @@ def open_snapshot_target(segment: Segment, index: int) -> int:
     return fd
 
 
-def _read_fully(fd: int, piece: memoryview, offset: int, what: str) -> None:
+def _read_fully(fd: int, piece: memoryview, offset: int, what: str, flags: int) -> None:
     done = 0
     while done < len(piece):
-        count = os.preadv(fd, [piece[done:]], offset + done)
+        count = os.preadv(fd, [piece[done:]], offset + done, flags)
         if count == 0:
             raise OSError(errno.EIO, f"the {what} ends at byte {offset + done}: it was truncated")
         done += count

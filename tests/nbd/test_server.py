@@ -112,6 +112,25 @@ def test_a_dozen_slow_writes_hold_up_neither_reads_nor_flushes_nor_another_expor
         server.remove("snapshot", hard=True)
 
 
+def test_a_client_that_does_not_read_its_replies_holds_up_no_other(
+    coordinator: Coordinator, server: Server, path: str, image: Path, tmp_path: Path
+) -> None:
+    before = image.read_bytes()
+    with coordinator.snapshot(tmp_path / "scratch") as snapshot:
+        server.add(ExportSpec("snapshot", str(image), snapshot.serial, writable=True))
+        with StructuredClient(path, "snapshot") as deaf, Client(path, "snapshot") as other:
+            assert other.ask(wire.TRIM, 4 * CLUSTER, CLUSTER) == (0, b"")
+            # Each runs into a part that was let go, so it is a thread's; and each has a large reply.
+            for cookie in range(40):
+                deaf.send(wire.READ, cookie, 0, CLUSTER * 5)
+            assert other.ask(wire.READ, 3 * CLUSTER, 2 * CLUSTER)[0] == errno.EPERM, "a thread's, too"
+            assert other.ask(wire.FLUSH) == (0, b"")
+            for _ in range(40):
+                (kind, content), (error, _) = deaf.chunks()
+                assert (kind, content[8:], error) == (1, before[: 4 * CLUSTER], 0x8002)
+        server.remove("snapshot", hard=True)
+
+
 def test_chunks_are_as_the_flags_ask(coordinator: Coordinator, server: Server, path: str, image: Path) -> None:
     with image.open("r+b") as file:
         for hole in (2 * CLUSTER, 6 * CLUSTER):

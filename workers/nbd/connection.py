@@ -24,6 +24,7 @@ from shmcbw.errors import (
 
 from . import wire
 from .export import Export
+from .sending import Buffer, Sender
 from .tls import encrypt
 from .wire import ExportInfo, Handshake, ProtocolError, Request, Requests
 
@@ -33,12 +34,11 @@ log = logging.getLogger("shmcbw.nbd")
 HANDSHAKE_LIMIT_S = 60.0
 #: Requests of one connection that threads of the pool have; then it is not read from.
 PENDING_LIMIT = 64
-_SEND_TOGETHER_BYTES = 1 << 20
-_IOV_LIMIT = 512
+#: Data of replies that leave together.
+ARENA_BYTES = 1 << 20
+_REPLIES_LIMIT = 1024
 
 _WRITES = (wire.WRITE, wire.WRITE_ZEROES, wire.TRIM)
-
-Buffer = bytes | bytearray | memoryview
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class Connection:
         self._names = names
         self._tls = tls
         self._choose = choose
-        self._sending = threading.Lock()
+        self._arena: memoryview | None = None
         self._pending = threading.BoundedSemaphore(PENDING_LIMIT)
         self._pools: Pools | None = None
         self.export: Export | None = None
@@ -80,10 +80,12 @@ class Connection:
         """Serve until the client leaves or `end`; closes the socket."""
         try:
             rest = self._shake_hands()
-            if self.export is not None:
-                self._transmit(self.export, Requests(rest))
+            if self.export is not None and self._pools is not None:
+                # The socket is another one now, if it is encrypted.
+                self._transmit(self.export, self._pools, Sender(self._sock), Requests(rest))
         except (ProtocolError, ssl.SSLError) as error:
             log.warning("nbd: connection closed: %s", error)
+            self.end()
         except OSError as error:
             # The client is gone, or was told to.
             log.debug("nbd: connection ended: %s", error)
@@ -128,35 +130,42 @@ class Connection:
 
     # -- transmission ----------------------------------------------------------------------------------------------
 
-    def _transmit(self, export: Export, requests: Requests) -> None:
+    def _transmit(self, export: Export, pools: Pools, sender: Sender, requests: Requests) -> None:
         replies: list[Buffer] = []
         waiting = 0
         while True:
             for request in requests:
                 if request.type == wire.DISCONNECT and not request.refused:
-                    self._send(replies)
+                    sender.send(replies)
                     return
-                answer = self._answer_now(export, request)
+                answer = self._answer_now(export, request, waiting)
                 if answer is None:
                     # The client waits for what is ready, too.
-                    self._send(replies)
+                    sender.send(replies)
                     waiting = 0
-                    self._answer_later(export, request)
+                    pool = pools.writing if request.type in _WRITES else pools.reading
+                    # The reply is sent from there.
+                    data = bytes(request.data)
+                    self._pending.acquire()
+                    pool.submit(self._answer, export, sender, request, data)
                     continue
                 replies += answer
-                waiting += sum(map(len, answer))
-                if waiting > _SEND_TOGETHER_BYTES:
-                    self._send(replies)
+                waiting += request.length if request.type == wire.READ else 0
+                if waiting >= ARENA_BYTES or len(replies) > _REPLIES_LIMIT:
+                    sender.send(replies)
                     waiting = 0
-            self._send(replies)
+            sender.send(replies)
             waiting = 0
             count = self._sock.recv_into(requests.space())
             if count == 0:
                 return
             requests.received(count)
 
-    def _answer_now(self, export: Export, request: Request) -> list[Buffer] | None:
-        """The reply, or None if it would keep other requests waiting."""
+    def _answer_now(self, export: Export, request: Request, used: int) -> list[Buffer] | None:
+        """The reply, or None if it would keep other requests waiting.
+
+        used: bytes of the arena that replies have which are not sent yet.
+        """
         refusal = _refusal(export.info, self._contexts, request)
         if refusal is not None:
             return [wire.error(self._structured, request.cookie, *refusal)]
@@ -165,33 +174,28 @@ class Connection:
                 if export.write_now(request.data, request.offset):
                     return [wire.done(self._structured, request.cookie)]
             elif request.type == wire.READ:
-                data = export.read_now(request.length, request.offset)
-                if data is not None:
-                    return self._data_reply(request, data)
+                view = self._room(used, request.length)
+                if export.read_now(view, request.offset):
+                    return self._data_reply(request, view)
         except (OSError, ShmcbwError, MemoryError) as error:
             return [self._error_reply(request, error)]
         return None
 
-    def _answer_later(self, export: Export, request: Request) -> None:
-        """Hand the request to the pool; it sends the reply itself."""
-        data = bytes(request.data)
-        assert self._pools is not None
-        pool = self._pools.writing if request.type in _WRITES else self._pools.reading
-        self._pending.acquire()
-        pool.submit(self._answer, export, request, data)
+    def _room(self, used: int, length: int) -> memoryview:
+        """Where the data of a reply goes: the arena, which is used again and again, while there is room in it."""
+        if used + length > ARENA_BYTES:
+            return memoryview(bytearray(length))
+        if self._arena is None:
+            self._arena = memoryview(bytearray(ARENA_BYTES))
+        return self._arena[used : used + length]
 
-    def _answer(self, export: Export, request: Request, data: bytes) -> None:
+    def _answer(self, export: Export, sender: Sender, request: Request, data: bytes) -> None:
+        """In a thread of the pool."""
         try:
-            try:
-                replies = self._perform(export, request, data)
-            except (OSError, ShmcbwError, MemoryError) as error:
-                replies = [self._error_reply(request, error)]
-            self._send(replies)
-        except OSError:
-            # The client is gone; its own thread sees that too.
-            pass
-        finally:
-            self._pending.release()
+            replies = self._perform(export, request, data)
+        except (OSError, ShmcbwError, MemoryError) as error:
+            replies = [self._error_reply(request, error)]
+        sender.hand_over(replies, self._pending.release)
 
     def _perform(self, export: Export, request: Request, data: bytes) -> list[Buffer]:
         length, offset = request.length, request.offset
@@ -213,7 +217,7 @@ class Connection:
             export.flush()
         return [wire.done(self._structured, request.cookie)]
 
-    def _data_reply(self, request: Request, data: bytes) -> list[Buffer]:
+    def _data_reply(self, request: Request, data: memoryview) -> list[Buffer]:
         if not data:
             # A chunk of data can't be empty.
             return [wire.done(self._structured, request.cookie)]
@@ -221,16 +225,17 @@ class Connection:
 
     def _read(self, export: Export, request: Request) -> list[Buffer]:
         """All, or with structured replies what can be read before the first byte that can't, and the error for that."""
-        data = export.read(request.length, request.offset)
-        if len(data) == request.length:
-            return self._data_reply(request, data)
-        where = request.offset + len(data)
+        view = memoryview(bytearray(request.length))
+        count = export.read(view, request.offset)
+        if count == request.length:
+            return self._data_reply(request, view)
+        where = request.offset + count
         refusal = wire.error(
             self._structured, request.cookie, errno.EACCES, f"byte {where} is not part of the snapshot", where
         )
         if not self._structured:
             return [refusal]
-        return [wire.data_header(True, request.cookie, request.offset, len(data), last=False), data, refusal]
+        return [wire.data_header(True, request.cookie, request.offset, count, last=False), view[:count], refusal]
 
     def _block_status(self, export: Export, request: Request) -> list[Buffer]:
         replies: list[Buffer] = []
@@ -246,27 +251,6 @@ class Connection:
 
     def _error_reply(self, request: Request, error: BaseException) -> bytes:
         return wire.error(self._structured, request.cookie, errno_of(error), str(error))
-
-    def _send(self, buffers: list[Buffer]) -> None:
-        """Send, all or nothing for others to come in between; empties the list."""
-        if not buffers:
-            return
-        with self._sending:
-            if sum(map(len, buffers)) <= 64 << 10:
-                self._sock.sendall(b"".join(buffers))
-            else:
-                for start in range(0, len(buffers), _IOV_LIMIT):
-                    self._send_vector(buffers[start : start + _IOV_LIMIT])
-        buffers.clear()
-
-    def _send_vector(self, buffers: list[Buffer]) -> None:
-        left = [memoryview(buffer) for buffer in buffers]
-        while left:
-            sent = self._sock.sendmsg(left)
-            while left and sent >= len(left[0]):
-                sent -= len(left.pop(0))
-            if sent:
-                left[0] = left[0][sent:]
 
 
 def _refusal(info: ExportInfo, contexts: dict[str, int], request: Request) -> tuple[int, str] | None:

@@ -2,8 +2,8 @@
 
 Both have the same methods; offsets and lengths are bytes, checked by the caller against ``info.size_bytes``.  The ones
 called ``…_now`` never wait for a copy or a disk: they say that it would take longer, and the caller goes to a thread.
-``read`` may return less than was asked for: up to the first byte that is not part of a snapshot.  ``extents`` too; it
-returns at least one, or raises.
+``read`` fills a view and may return less than its length: up to the first byte that is not part of a snapshot.
+``extents`` too; it returns at least one, or raises.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Protocol
 
 from shmcbw import _core
 from shmcbw.filter import Disk
-from shmcbw.image import HONEST_HOLES, ImageFile, next_data
+from shmcbw.image import HONEST_HOLES, ImageFile, flags_without_waiting, next_data
 from shmcbw.reader import SnapshotReader
 
 from . import wire
@@ -41,8 +41,8 @@ class Export(Protocol):
     #: Each write is on the disk before it is answered.
     writethrough: bool
 
-    def read_now(self, length: int, offset: int) -> bytes | None: ...
-    def read(self, length: int, offset: int) -> bytes: ...
+    def read_now(self, view: memoryview, offset: int) -> bool: ...
+    def read(self, view: memoryview, offset: int) -> int: ...
     def write_now(self, data: memoryview, offset: int) -> bool: ...
     def write(self, data: bytes, offset: int) -> None: ...
     def write_zeroes(self, length: int, offset: int, *, no_hole: bool, fast: bool) -> None: ...
@@ -66,6 +66,7 @@ class DiskExport:
             self._close = opened.pop_all().close
         self._fd = self._image.fd
         self._honest_holes = _core.file_system(self._fd) in HONEST_HOLES
+        self._now = flags_without_waiting(self._fd)
         self._punches = writable and _can_punch(path, self._disk.size_bytes)
         flags = wire.HAS_FLAGS | wire.SEND_FLUSH | wire.SEND_FUA | wire.SEND_DF | wire.SEND_CACHE
         # All connections write into one page cache, and a flush syncs the file: it covers what any of them has written.
@@ -77,21 +78,17 @@ class DiskExport:
         self.writethrough = spec.writethrough
         self.info = _info(spec, self._disk.size_bytes, flags, f"image {path}")
 
-    def read_now(self, length: int, offset: int) -> bytes | None:
-        buffer = bytearray(length)
+    def read_now(self, view: memoryview, offset: int) -> bool:
+        # By the file and not by the mapping: a page that is not in memory is BlockingIOError here, and a wait there.
+        if self._now is None:
+            return False
         try:
-            # By the file and not by the mapping: a page that is not in memory is EAGAIN here, and a wait there.
-            count = os.preadv(self._fd, [buffer], offset, os.RWF_NOWAIT)
-        except BlockingIOError:
-            return None
-        except OSError as error:
-            if error.errno != errno.EOPNOTSUPP:
-                raise
-            return self.read(length, offset)
-        return bytes(buffer) if count == length else None
+            return os.preadv(self._fd, [view], offset, self._now) == len(view)
+        except OSError:
+            return False
 
-    def read(self, length: int, offset: int) -> bytes:
-        return read_fully(self._fd, length, offset)
+    def read(self, view: memoryview, offset: int) -> int:
+        return read_fully(self._fd, view, offset)
 
     def write_now(self, data: memoryview, offset: int) -> bool:
         return self._disk.try_pwrite(data, offset, PATIENCE_NS)
@@ -156,11 +153,11 @@ class SnapshotExport:
         self.writethrough = False
         self.info = _info(spec, reader.size_bytes, flags, "snapshot")
 
-    def read_now(self, length: int, offset: int) -> bytes | None:
-        return None
+    def read_now(self, view: memoryview, offset: int) -> bool:
+        return self._reader.pread_now(view, offset)
 
-    def read(self, length: int, offset: int) -> bytes:
-        return self._reader.pread_some(length, offset)
+    def read(self, view: memoryview, offset: int) -> int:
+        return self._reader.pread_into(view, offset, partial=True)
 
     def write_now(self, data: memoryview, offset: int) -> bool:
         raise OSError(errno.EPERM, "a snapshot can't be written")
@@ -209,15 +206,15 @@ def _info(spec: ExportSpec, size_bytes: int, flags: int, description: str) -> Ex
     return ExportInfo(spec.name, size_bytes, flags, spec.description or description, contexts=contexts)
 
 
-def read_fully(fd: int, length: int, offset: int) -> bytes:
-    """All of a range of a file; EIO where the file ends within it."""
-    data = os.pread(fd, length, offset)
-    while len(data) < length:
-        more = os.pread(fd, length - len(data), offset + len(data))
-        if not more:
-            raise OSError(errno.EIO, f"the image ends at byte {offset + len(data)}: it was truncated")
-        data += more
-    return data
+def read_fully(fd: int, view: memoryview, offset: int) -> int:
+    """All of a range of a file: its length; EIO where the file ends within it."""
+    done = 0
+    while done < len(view):
+        count = os.preadv(fd, [view[done:]], offset + done)
+        if count == 0:
+            raise OSError(errno.EIO, f"the image ends at byte {offset + done}: it was truncated")
+        done += count
+    return done
 
 
 def _can_punch(path: str, size_bytes: int) -> bool:

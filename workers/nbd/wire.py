@@ -19,6 +19,7 @@ import errno
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from shmcbw.errors import ShmcbwError
 
@@ -322,8 +323,7 @@ def _is_meant(context: str, queries: Sequence[str], *, setting: bool) -> bool:
     return not setting and (not queries or any(query in _WILDCARDS and context.startswith(query) for query in queries))
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """One request.  ``data`` of a write is a view that is good until the next `Requests.received`.
 
     ``refused``: an errno that the wire itself found (unknown command or flags, too long); its data was skipped.
