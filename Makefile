@@ -7,7 +7,7 @@
 # make untrusted  overwrite every word of the shared memory (make test does a part of that)
 # make matrix kill and stop at every failpoint (make test does a part of that)
 # make differential  the same scripts for QEMU's storage daemon (make test does a part of that)
-# make faults make every kind of system call fail (make test does a part of that)
+# make faults make every kind of system call fail (make test does a part of that); hours, SHMCBW_NTH_CALL_RECORD=DIR goes on
 
 PYTHON ?= python3
 VENV := .venv

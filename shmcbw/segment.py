@@ -85,17 +85,26 @@ def identities() -> list[Identity]:
 
 def boot_id() -> bytes:
     """16 bytes that change with every boot (a uuid)."""
-    with open("/proc/sys/kernel/random/boot_id") as file:
-        return bytes.fromhex(file.read().strip().replace("-", ""))
+    return bytes.fromhex(_kernel_says("/proc/sys/kernel/random/boot_id").strip().replace("-", ""))
 
 
 def start_ticks(pid: int) -> int:
     """Field 22 of /proc/PID/stat: with the pid it names a process for good.  0 if there is none."""
     try:
-        with open(f"/proc/{pid}/stat") as file:
-            return int(file.read().rpartition(")")[2].split()[19])
+        return int(_kernel_says(f"/proc/{pid}/stat").rpartition(")")[2].split()[19])
     except (OSError, IndexError, ValueError):
         return 0
+
+
+def _kernel_says(path: str) -> str:
+    """A short file of /proc: one read has all of it."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(fd, 4096).decode(errors="replace")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path) from None
+    finally:
+        close_descriptor(fd)
 
 
 class Access:

@@ -1,7 +1,8 @@
 """The Nth system call of a kind fails, once or from then on: the end is right, refused, or loudly broken.
 
 `tests/faults` has the layer that makes calls fail, the plan of what to make fail, and the round with its judge.
-`make faults` plays every fault; otherwise a part, the same for the same seed.
+`make faults` plays every fault; otherwise a part, the same for the same seed.  All of them take hours: with a directory
+in SHMCBW_NTH_CALL_RECORD what was played is written down there, and a run that was interrupted goes on where it was.
 """
 
 from __future__ import annotations
@@ -22,29 +23,47 @@ from tests.conftest import wait_for
 from tests.faults.actor import Actor
 from tests.faults.layer import FOR_GOOD, Fault, Kind, Layer
 from tests.faults.plan import faults, part
+from tests.faults.record import Record
 from tests.faults.round import Stage
 from tests.faults.stages import KINDS, staged
 
 SEED = int(os.environ.get("SHMCBW_SEED", "1"))
 EVERYTHING = os.environ.get("SHMCBW_NTH_CALL") == "all"
+RECORD = os.environ.get("SHMCBW_NTH_CALL_RECORD", "")
 #: How long a scenario is played for otherwise, in seconds.
 PART_S = 2.0
 AT_LEAST = 2
 
 
-def play(stage: Stage, some: Sequence[Fault], limit_s: float = float("inf"), at_least: int = AT_LEAST) -> list[Fault]:
-    """Play faults, until the limit and a few that came to be; those that did."""
+def play(
+    stage: Stage,
+    some: Sequence[Fault],
+    limit_s: float = float("inf"),
+    at_least: int = AT_LEAST,
+    record: Record | None = None,
+) -> list[Fault]:
+    """Play faults, until the limit and a few that came to be; those that did.  What is in the record is not played."""
     deadline = time.monotonic() + limit_s
     fired: list[Fault] = []
     wrong: list[str] = []
     for fault in some:
         if len(fired) + len(wrong) >= at_least and time.monotonic() > deadline:
             break
-        try:
-            if stage.play(fault, SEED).fired:
+        if record is not None and fault in record:
+            if record.fired(fault):
                 fired.append(fault)
+            continue
+        try:
+            came_to_be = stage.play(fault, SEED).fired > 0
         except AssertionError as error:
             wrong.append(f"{fault}: {(str(error) or repr(error)).splitlines()[0]}")
+            if record is not None:
+                record.wrong(fault, f"{error}\n{stage.said()}")
+            continue
+        if came_to_be:
+            fired.append(fault)
+        if record is not None:
+            record.legal(fault, fired=came_to_be)
     assert not wrong, "\n".join([f"SHMCBW_SEED={SEED}, {stage.scenario}:", *wrong, stage.said()])
     return fired
 
@@ -59,7 +78,8 @@ def test_whichever_system_call_fails_the_end_is_legal(tmp_path: Path, scenario: 
         # Around a death, which takes seconds, one call of each kind is enough.
         order = part(faults(counts, chance, some=1 if scenario == "dying" else 3), chance)
         at_least = 1 if scenario == "dying" else AT_LEAST
-        fired = play(stage, order, float("inf") if EVERYTHING else PART_S, at_least)
+        record = Record(RECORD, scenario) if EVERYTHING and RECORD else None
+        fired = play(stage, order, float("inf") if EVERYTHING else PART_S, at_least, record)
     print(f"{len(fired)} faults of {len(order)} that were planned came to be")
     assert fired
 
@@ -155,6 +175,31 @@ def test_bitmaps_of_a_dead_coordinator_are_not_forgotten_because_their_journal_c
     finally:
         for actor in (first, second):
             actor.end()
+        layer.close()
+
+
+def test_what_the_kernel_tells_in_proc_is_read_or_the_refusal_names_the_file(
+    tmp_path: Path, make_image: Callable[..., Path]
+) -> None:
+    image = make_image(1 << 20)
+    (tmp_path / "state").mkdir()
+    layer = Layer(tmp_path)
+    layer.watch(image, tmp_path / "targets", tmp_path / "state")
+    coordinator = Actor(tmp_path / "stderr", **layer.environment("coordinator"))
+    try:
+        assert coordinator.play("start", image=str(image), state=str(tmp_path / "state")).good
+        layer.arm(found("coordinator read process", "EIO", 0, 1))
+        assert "boot_id" in coordinator.play("add_bitmap", name="b").message
+        assert coordinator.play("bitmaps").value == {}
+        # It was read, so what close() says does not matter.
+        layer.arm(found("coordinator close process", "EIO", 0, 1))
+        assert coordinator.play("add_bitmap", name="b").good
+        assert layer.fired
+        layer.disarm()
+        assert coordinator.play("remove_bitmap", name="b").good
+        assert coordinator.play("close").good
+    finally:
+        coordinator.end()
         layer.close()
 
 
