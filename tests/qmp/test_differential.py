@@ -544,6 +544,8 @@ BITMAP_CALLS: list[tuple[str, dict[str, Any]]] = [
 
 
 def test_bitmap_commands_do_and_say_the_same(sides: tuple[Ours, Theirs]) -> None:
+    """Also L12: bitmaps are merged across granularities, both ways."""
+
     def script(side: Side) -> Any:
         side.image()
         side.ask("block-dirty-bitmap-add", node="n", name="b")
