@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import os
 import socket
@@ -17,7 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shmcbw.workers.qmp.server import CLIENTS_MAX, runtime_directory
+from shmcbw.workers.qmp.server import CLIENTS_MAX, QUEUE_BYTES_MAX, Server, runtime_directory
 from shmcbw.workers.qmp.vocabulary import COMMANDS
 from tests.conftest import wait_for
 from tests.monitor import Monitored
@@ -187,6 +189,39 @@ def test_a_client_that_reads_nothing_holds_up_nobody_and_costs_a_bounded_amount(
     else:
         pytest.fail("it took everything")
     assert other.execute("query-status")["running"]
+
+
+def test_a_client_that_takes_no_events_is_dropped_and_the_others_get_all_of_them(tmp_path: Path) -> None:
+    path, count = str(tmp_path / "socket"), 3 * QUEUE_BYTES_MAX // 4096
+
+    async def converse() -> None:
+        server = Server(path, "test", lambda name, arguments: {})
+        server.bind()
+        await server.start()
+        try:
+            clients = [await asyncio.open_unix_connection(path, limit=1 << 20) for _ in range(2)]
+            for reader, writer in clients:
+                await reader.readline()
+                writer.write(b'{"execute":"qmp_capabilities"}')
+                await reader.readline()
+            (deaf, deaf_writer), (other, other_writer) = clients
+            deaf_writer.transport.pause_reading()  # type: ignore[attr-defined]
+            for number in range(count):
+                server.post("SHUTDOWN", {"number": number, "text": "x" * 4096})
+                assert json.loads(await other.readline())["data"]["number"] == number
+            deaf_writer.transport.resume_reading()  # type: ignore[attr-defined]
+            with contextlib.suppress(ConnectionError):
+                while await deaf.read(1 << 20):
+                    pass
+            other_writer.write(b'{"execute":"query-name","id":1}')
+            assert json.loads(await other.readline()) == {"return": {}, "id": 1}
+            for _, writer in clients:
+                writer.close()
+        finally:
+            async with server.ending():
+                pass
+
+    asyncio.run(asyncio.wait_for(converse(), 60))
 
 
 def _stuck(connection: socket.socket) -> bool:
