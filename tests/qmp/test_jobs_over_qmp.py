@@ -438,6 +438,20 @@ def test_job_bitmap_and_snapshot_verbs(set_: Set) -> None:
     assert sorted(path.name for path in image.parent.glob("scratch*")) == []
 
 
+def test_sync_auto_falls_back_to_a_full_backup_at_the_daemon_and_says_so(set_: Set) -> None:
+    full, increment = set_.image.with_name("full"), set_.image.with_name("increment")
+    first = run("backup", set_.image, full, "--sync", "auto", "--since", "nightly")
+    assert first.returncode == 0 and "taking a full backup" in first.stderr
+    assert full.read_bytes() == set_.content
+    with shmcbw.open(set_.image) as disk:
+        disk.pwrite(b"changed", 5 * CLUSTER)
+    second = run("backup", set_.image, increment, "--sync", "auto", "--since", "nightly")
+    assert second.returncode == 0 and "full" not in second.stderr
+    assert increment.stat().st_blocks * 512 <= CLUSTER + 8192
+    assert run("restore", full, increment, set_.image.with_name("restored")).returncode == 0
+    assert set_.image.with_name("restored").read_bytes() == set_.image.read_bytes()
+
+
 def test_where_no_daemon_serves_the_image_the_command_line_says_so(make_image: MakeImage) -> None:
     image = make_image(SIZE)
     done = run("job", "list", image)
