@@ -1,6 +1,7 @@
 """What was played of a scenario, one line for each fault: a run of hours that was interrupted goes on after it.
 
-Only what ended legally is not played again.  It says nothing of another build: who changes the code takes a new directory.
+Only what ended legally is not played again.  It says nothing of another build: who changes the code takes a new
+directory.
 """
 
 from __future__ import annotations
