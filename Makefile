@@ -39,7 +39,8 @@ matrix: $(VENV)/.installed-test
 	SHMCBW_MATRIX=all $(BIN)/python -m pytest tests/crash/test_matrix.py tests/crash/test_bitmap_kill.py tests/crash/test_job_kill.py
 
 faults: $(VENV)/.installed-test
-	SHMCBW_NTH_CALL=all $(BIN)/python -m pytest tests/crash/test_nth_call.py tests/crash/test_socket_faults.py
+	SHMCBW_NTH_CALL=all $(BIN)/python -m pytest tests/crash/test_nth_call.py tests/crash/test_socket_faults.py \
+		tests/crash/test_nbd_faults.py
 
 differential: $(VENV)/.installed-test
 	SHMCBW_DIFFERENTIAL=all $(BIN)/python -m pytest tests/qmp/test_differential.py tests/qmp/test_jobs_over_qmp.py

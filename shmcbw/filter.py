@@ -72,7 +72,11 @@ class _Lease:
     def __del__(self) -> None:
         disk = self._disk()
         if disk is not None and self._pid == os.getpid():
-            disk._give_back(self._slot)
+            try:
+                disk._give_back(self._slot)
+            except OSError:
+                # It is cleared, but still locked: by this handle, which may take it again, until that is closed.
+                pass
 
 
 class Disk(_core.Filter):

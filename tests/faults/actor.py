@@ -24,6 +24,9 @@ from shmcbw.invariants import check
 from shmcbw.workers import Coordinator
 from shmcbw.workers.coordinator import CoordinatorSnapshot
 from shmcbw.workers.jobs import Job
+from shmcbw.workers.nbd.address import listen_tcp
+from shmcbw.workers.nbd.server import Server
+from shmcbw.workers.nbd.specification import ExportSpec
 from shmcbw.workers.stamps import DATA, ZERO, Layout, LogWriter, make_unit
 from tests.owner import Owner
 
@@ -79,6 +82,7 @@ class Part:
         self.snapshot_: CoordinatorSnapshot | None = None
         self.job: Job | None = None
         self.writer: Writer | None = None
+        self.server: Server | None = None
 
     # -- the coordinator -------------------------------------------------------------------------------------------
 
@@ -154,10 +158,40 @@ class Part:
         return {name: status[name] for name in ("epoch", "snapshots")}
 
     def close(self) -> None:
+        server, self.server = self.server, None
+        if server is not None:
+            server.close()
         coordinator, self.coordinator = self.coordinator, None
         self.job = self.snapshot_ = None
         if coordinator is not None:
             coordinator.close()
+
+    # -- NBD -------------------------------------------------------------------------------------------------------
+
+    def listen(self) -> list[Any]:
+        """Serve, by one process: host and port."""
+        self.server = Server(listen_tcp("localhost", 0), processes=1)
+        return list(self.server.address[:2])
+
+    def served(self) -> dict[str, Any]:
+        """By which processes, and what."""
+        assert self.server is not None
+        return {"pids": self.server.pids, "exports": sorted(export.name for export in self.server.exports)}
+
+    def export(self, name: str, *, writable: bool) -> int | None:
+        """The image, or its snapshot: the serial number."""
+        assert self.server is not None and self.coordinator is not None
+        serial = self.snapshot_.serial if name == "snapshot" and self.snapshot_ is not None else None
+        self.server.add(ExportSpec(name, self.coordinator.path, serial, writable=writable))
+        return serial
+
+    def clients(self, name: str) -> int:
+        assert self.server is not None
+        return self.server.clients(name)
+
+    def withdraw(self, name: str) -> None:
+        assert self.server is not None
+        self.server.remove(name, hard=True)
 
     # -- the writer ------------------------------------------------------------------------------------------------
 

@@ -46,6 +46,8 @@ ERRNOS: dict[str, tuple[str, ...]] = {
     "recv": ("ECONNRESET", "ETIMEDOUT", "ENOMEM", "EINTR", "short"),
     "send": ("EPIPE", "ECONNRESET", "ENOBUFS", "EINTR", "short"),
     "getsockopt": ("ENOBUFS",),
+    "setsockopt": ("ENOBUFS",),
+    "shutdown": ("ENOTCONN",),
 }
 
 #: A signal for every call would be a program that does nothing but handle signals: in a row come so many.

@@ -5,8 +5,8 @@
  * processes of a round have mapped (SHMCBW_FAULTS names it), so a test arms and counts in processes that run.  Without
  * the variable, and in a forked child before its exec, every call goes straight through.
  *
- * The role of a process is "worker" where its command line says so, else what SHMCBW_FAULTS_ROLE says: workers are
- * started by the code under test, which must not know of us.
+ * The role of a process is "worker" or (of NBD) "server" where its command line says so, else what SHMCBW_FAULTS_ROLE
+ * says: both are started by the code under test, which must not know of us.
  *
  *   fails with an errno   the real call is not made (but close, which closes: as in the kernel)
  *   short                 the real call is made for half of the bytes, at least one
@@ -42,11 +42,11 @@
     X(fsync) X(sync_file_range) X(lseek) X(mmap) X(dup) X(lock) X(getlock) X(flock) X(link) X(rename) X(unlink)        \
     X(stat) X(fstat) X(statx) X(statvfs) X(fstatvfs) X(fstatfs) X(access) X(chmod) X(fchmod) X(chown) X(fchown)        \
     X(opendir) X(shm_open) X(shm_unlink) X(sem_open) X(sem_unlink) X(sem_wait) X(sem_post) X(pipe)                     \
-    X(accept) X(recv) X(send) X(getsockopt)
+    X(accept) X(recv) X(send) X(getsockopt) X(setsockopt) X(shutdown)
 #define CLASSES(X)                                                                                                     \
     X(none) X(source) X(target) X(manifest) X(directory) X(state) X(segment) X(bitmap) X(journal) X(semaphore)         \
-    X(names) X(socket) X(process)
-#define ROLES(X) X(coordinator) X(worker) X(writer)
+    X(names) X(socket) X(door) X(process)
+#define ROLES(X) X(coordinator) X(worker) X(writer) X(server)
 
 #define AS_CALL(name) CALL_##name,
 #define AS_CLASS(name) CLASS_##name,
@@ -95,7 +95,7 @@ static _Atomic(sem_t *) semaphores[SEMAPHORE_COUNT];
         real;                                                                                                          \
     })
 
-static bool is_worker(void)
+static enum role role_named(const char *name)
 {
     char line[4096] = "";
     int fd = (int)syscall(SYS_openat, AT_FDCWD, "/proc/self/cmdline", O_RDONLY | O_CLOEXEC, 0);
@@ -105,7 +105,11 @@ static bool is_worker(void)
     for (long i = 0; i < length; i++)
         if (line[i] == '\0')
             line[i] = ' ';
-    return strstr(line, "shmcbw.workers.copy_worker") != NULL;
+    if (strstr(line, "shmcbw.workers.copy_worker") != NULL)
+        return ROLE_worker;
+    if (strstr(line, "shmcbw.workers.nbd.process") != NULL)
+        return ROLE_server;
+    return name != NULL && strcmp(name, "writer") == 0 ? ROLE_writer : ROLE_coordinator;
 }
 
 __attribute__((constructor)) static void start(void)
@@ -121,7 +125,7 @@ __attribute__((constructor)) static void start(void)
         abort();
     }
     syscall(SYS_close, fd);
-    role = is_worker() ? ROLE_worker : name != NULL && strcmp(name, "writer") == 0 ? ROLE_writer : ROLE_coordinator;
+    role = role_named(name);
     owner = syscall(SYS_getpid);
     control = memory;
 }
@@ -189,6 +193,14 @@ static bool is_named_socket(int fd)
     return syscall(SYS_getsockname, fd, &name, &length) == 0 && length > sizeof(sa_family_t);
 }
 
+/* The pair by which an NBD server hands clients to its processes. */
+static bool is_door(int fd)
+{
+    int type = 0;
+    socklen_t length = sizeof type;
+    return syscall(SYS_getsockopt, fd, SOL_SOCKET, SO_TYPE, &type, &length) == 0 && type == SOCK_SEQPACKET;
+}
+
 static enum class class_of_fd(int fd)
 {
     char link[64], path[4096] = "";
@@ -198,12 +210,13 @@ static enum class class_of_fd(int fd)
     int before = errno;
     snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
     long length = syscall(SYS_readlink, link, path, sizeof path - 1);
-    bool named = length > 0 && begins(path, "socket:") && is_named_socket(fd);
+    bool is_socket = length > 0 && begins(path, "socket:"), named = is_socket && is_named_socket(fd);
+    bool door = is_socket && !named && is_door(fd);
     errno = before;
     if (length <= 0)
         return CLASS_none;
-    if (named)
-        return CLASS_socket;
+    if (is_socket)
+        return named ? CLASS_socket : door ? CLASS_door : CLASS_none;
     path[length] = '\0';
     size_t end = strlen(path), tail = strlen(deleted);
     if (end > tail && strcmp(path + end - tail, deleted) == 0)
@@ -451,6 +464,32 @@ int accept4(int fd, struct sockaddr *address, socklen_t *length, int flags)
 
 TRANSFER(recv, recv, void *, FLAGS, , flags)
 TRANSFER(send, send, const void *, FLAGS, , flags)
+
+/* Cut short it sends of the first piece only. */
+ssize_t sendmsg(int fd, const struct msghdr *message, int flags)
+{
+    struct msghdr first = *message;
+    struct iovec piece = message->msg_iovlen > 0 ? message->msg_iov[0] : (struct iovec){0};
+    ssize_t good = allowed(CALL_send, class_of_fd(fd), piece.iov_len);
+    if (good < 0)
+        return -1;
+    if ((size_t)good == piece.iov_len)
+        return REAL(sendmsg)(fd, message, flags);
+    piece.iov_len = (size_t)good;
+    first.msg_iov = &piece;
+    first.msg_iovlen = 1;
+    return REAL(sendmsg)(fd, &first, flags);
+}
+
+/* A packet: whole, or not. */
+ssize_t recvmsg(int fd, struct msghdr *message, int flags)
+{
+    return fails(CALL_recv, class_of_fd(fd)) ? -1 : REAL(recvmsg)(fd, message, flags);
+}
+
+OF_FD(shutdown, shutdown, (int fd, int how), fd, how)
+OF_FD(setsockopt, setsockopt, (int fd, int level, int name, const void *value, socklen_t length), fd, level, name,
+      value, length)
 
 int getsockopt(int fd, int level, int name, void *value, socklen_t *length)
 {

@@ -11,12 +11,25 @@ from shmcbw.workers.nbd import wire
 
 
 class Client:
-    """Connected to an export, with simple replies; requests are sent and replies received one by one."""
+    """Connected to an export, with simple replies; requests are sent and replies received one by one.
 
-    def __init__(self, path: str, name: str) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(20)
-        self.sock.connect(path)
+    A unix socket by its path, another one by host and port.
+    """
+
+    def __init__(self, address: str | tuple[str, int], name: str, timeout_s: float = 20) -> None:
+        if isinstance(address, str):
+            self.sock = socket.socket(socket.AF_UNIX)
+            self.sock.settimeout(timeout_s)
+            self.sock.connect(address)
+        else:
+            self.sock = socket.create_connection(address, timeout_s)
+        try:
+            self._shake_hands(name)
+        except BaseException:
+            self.sock.close()
+            raise
+
+    def _shake_hands(self, name: str) -> None:
         assert self.receive(18)[:8] == b"NBDMAGIC"
         self.choose(name)
 

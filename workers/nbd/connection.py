@@ -93,7 +93,11 @@ class Connection:
             # Whoever still works for this client finds its socket open, and shut.
             for _ in range(PENDING_LIMIT):
                 self._pending.acquire()
-            self._sock.close()
+            try:
+                self._sock.close()
+            except OSError as error:
+                # The descriptor is gone all the same.
+                log.debug("nbd: closing a connection: %s", error)
 
     def end(self) -> None:
         """Cut the client off."""

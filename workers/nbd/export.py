@@ -15,7 +15,7 @@ from typing import Protocol
 
 from shmcbw import _core
 from shmcbw.filter import Disk
-from shmcbw.image import HONEST_HOLES, ImageFile, flags_without_waiting, next_data
+from shmcbw.image import HONEST_HOLES, ImageFile, close_descriptor, flags_without_waiting, next_data
 from shmcbw.reader import SnapshotReader
 
 from . import wire
@@ -63,11 +63,11 @@ class DiskExport:
             self._image = ImageFile.open(path, writable=False)
             opened.callback(self._image.close)
             self._dirty = _bitmaps(spec, opened)
+            self._fd = self._image.fd
+            self._honest_holes = _core.file_system(self._fd) in HONEST_HOLES
+            self._now = flags_without_waiting(self._fd)
+            self._punches = writable and _can_punch(path, self._disk.size_bytes)
             self._close = opened.pop_all().close
-        self._fd = self._image.fd
-        self._honest_holes = _core.file_system(self._fd) in HONEST_HOLES
-        self._now = flags_without_waiting(self._fd)
-        self._punches = writable and _can_punch(path, self._disk.size_bytes)
         flags = wire.HAS_FLAGS | wire.SEND_FLUSH | wire.SEND_FUA | wire.SEND_DF | wire.SEND_CACHE
         # All connections write into one page cache, and a flush syncs the file: it covers what any of them has written.
         flags |= wire.CAN_MULTI_CONN
@@ -225,5 +225,5 @@ def _can_punch(path: str, size_bytes: int) -> bool:
     except OSError:
         return False
     finally:
-        os.close(fd)
+        close_descriptor(fd)
     return True

@@ -28,9 +28,11 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 from shmcbw.errors import ShmcbwError
+from shmcbw.image import close_descriptor
 from shmcbw.reader import open_snapshot
 
 from .connection import Connection, Pools
@@ -84,22 +86,43 @@ class Process:
 
     def take_clients(self) -> None:
         """For ever, in a thread of its own."""
+        complaint: int | None = None
         while True:
-            data, descriptors, _, _ = socket.recv_fds(self._door, 8, 1)
+            try:
+                data, descriptors, _, _ = socket.recv_fds(self._door, 8, 1)
+            except OSError as error:
+                # The client waits at the door, and others will come.
+                if error.errno != complaint:
+                    log.warning("nbd: no client can be taken: %s", error)
+                complaint = error.errno
+                time.sleep(0.05)
+                continue
+            complaint = None
             if not data:
                 return
-            if not descriptors:
-                # This process has no descriptor left for it.
-                log.warning("nbd: a client could not be taken: too many open files")
-                say({"left": int.from_bytes(data, "little")})
-                continue
-            sock = socket.socket(fileno=descriptors[0])
+            number = int.from_bytes(data, "little")
+            try:
+                if not descriptors:
+                    # This process has no descriptor left for it.
+                    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+                self._take(number, descriptors[0])
+            except (OSError, RuntimeError) as error:
+                # RuntimeError: no thread can be started.
+                log.warning("nbd: a client is sent away: %s", error)
+                say({"left": number})
+
+    def _take(self, number: int, fd: int) -> None:
+        """Serve a client in a thread of its own; OSError, RuntimeError: its socket is closed."""
+        with ExitStack() as opened:
+            opened.callback(close_descriptor, fd)
+            sock = socket.socket(fileno=fd)
+            opened.callback(sock.detach)
             if sock.family != socket.AF_UNIX:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 # A machine that vanished is found out some day.
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            number = int.from_bytes(data, "little")
             threading.Thread(target=self._serve, args=(number, sock), name="shmcbw-nbd-client", daemon=True).start()
+            opened.pop_all()
 
     def _serve(self, number: int, sock: socket.socket) -> None:
         choose = functools.partial(self._choose, number)

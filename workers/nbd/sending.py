@@ -69,15 +69,14 @@ class Sender:
             threading.Thread(target=self._finish, args=(rest, then), name="shmcbw-nbd-send", daemon=True).start()
         except RuntimeError:
             # No more threads: better no client than one that gets half a reply.
-            self._sock.shutdown(socket.SHUT_RDWR)
+            self._cut_off()
             self._finish(rest, then)
 
     def _finish(self, rest: list[Buffer], then: Callable[[], None]) -> None:
         try:
             self._write(rest)
         except OSError:
-            # The client is gone; its own thread sees that too.
-            pass
+            self._cut_off()
         finally:
             self._lock.release()
             then()
@@ -108,8 +107,16 @@ class Sender:
         except BlockingIOError:
             return [*left]
         except OSError:
-            pass
+            self._cut_off()
         return []
+
+    def _cut_off(self) -> None:
+        """A reply is lost.  A client that lives would wait for it for ever, or take what follows for the rest of it."""
+        try:
+            self._sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            # It is gone.
+            pass
 
 
 def _behind(buffers: list[memoryview], sent: int) -> list[memoryview]:

@@ -213,7 +213,8 @@ class Server:
                 if answer is not None and "error" in answer:
                     for other in done:
                         other.ask(remove=spec.name, hard=True)
-                    raise OSError(answer["errno"], f"export {spec.name!r}: {answer['error']}")
+                    what = f"export {spec.name!r} of {spec.image}: {answer['error']}"
+                    raise OSError(answer["errno"], what)
                 done.append(child)
             self._exports[spec.name] = spec
 
@@ -243,6 +244,7 @@ class Server:
 
     def _accept(self) -> None:
         """Take clients, in a thread of its own, until the end."""
+        complaint: int | None = None
         while not self._closed:
             with self._changed:
                 self._changed.wait_for(lambda: self._has_room() or self._closed)
@@ -251,9 +253,12 @@ class Server:
             except OSError as error:
                 if not self._closed:
                     # Out of descriptors, or a client that left in the queue: others are to be served.
-                    log.warning("nbd: accept: %s", error)
+                    if error.errno != complaint:
+                        log.warning("nbd: accept: %s", error)
+                    complaint = error.errno
                     time.sleep(0.05)
                 continue
+            complaint = None
             with client:
                 self._hand_over(client)
 
