@@ -49,6 +49,7 @@ class Pool:
         self._started_s: dict[int, float] = {}
         self._generation = 0
         self._leads = False
+        self._complaint = ""
 
     @property
     def pids(self) -> dict[int, int]:
@@ -272,9 +273,12 @@ class Pool:
             pool = self._segment.semaphore("pool")
             for _ in worker_ids if worker_ids is not None else range(max(self._count, 1)):
                 pool.post()
+            self._complaint = ""
         except OSError as error:
             # A post only wakes: without it the workers look a second later.
-            log.warning("the copy workers can't be woken: %s", error)
+            if str(error) != self._complaint:
+                log.warning("the copy workers can't be woken: %s", error)
+            self._complaint = str(error)
 
     def stop(self) -> None:
         """End the workers: they leave by themselves when the generation moves on; who does not is killed.

@@ -80,7 +80,8 @@ class SavedBitmaps:
         return f"the image's {changed[0]} has changed while nobody served it" if changed else None
 
     def _describe_image(self) -> dict[str, Any]:
-        status = os.fstat(self._image.fd)
+        with naming(self._image_path, "its bitmaps can't be saved or trusted"):
+            status = os.fstat(self._image.fd)
         return {"size": self._image.size_bytes, "mtime_ns": status.st_mtime_ns, "birth_ns": self._image.birth_ns}
 
     def mark(self, segment: str | None, bitmaps: dict[str, DirtyBitmap]) -> None:
@@ -96,12 +97,13 @@ class SavedBitmaps:
         persistent = {name: each for name, each in bitmaps.items() if each.persistent}
         if persistent:
             # What is dirty in mappings gets its time of change when it is written out.
-            os.fsync(self._image.fd)
+            with naming(self._image_path, "can't be synced"):
+                os.fsync(self._image.fd)
         self._write(None, {name: self._to_json(each) for name, each in persistent.items()})
 
     def check_image(self) -> None:
         """BitmapError if an image's bitmaps can't be persistent."""
-        if stat.S_ISBLK(os.fstat(self._image.fd).st_mode):
+        if self._image.identity.inode == 0:
             raise BitmapError(f"Can't store persistent bitmaps of {self._image_path}: a block device tells no changes")
 
     def _to_json(self, bitmap: DirtyBitmap) -> dict[str, Any]:

@@ -178,7 +178,7 @@ def test_bitmaps_of_a_dead_coordinator_are_not_forgotten_because_their_journal_c
         layer.close()
 
 
-def test_what_the_kernel_tells_in_proc_is_read_or_the_refusal_names_the_file(
+def test_a_persistent_bitmap_is_added_or_its_refusal_names_the_file_that_failed(
     tmp_path: Path, make_image: Callable[..., Path]
 ) -> None:
     image = make_image(1 << 20)
@@ -195,8 +195,12 @@ def test_what_the_kernel_tells_in_proc_is_read_or_the_refusal_names_the_file(
         layer.arm(found("coordinator close process", "EIO", 0, 1))
         assert coordinator.play("add_bitmap", name="b").good
         assert layer.fired
+        layer.arm(found("coordinator fstat source", "EIO", 0))
+        answer = coordinator.play("add_bitmap", name="c")
+        assert answer.good or str(image) in answer.message
         layer.disarm()
-        assert coordinator.play("remove_bitmap", name="b").good
+        for name in coordinator.play("bitmaps").value:
+            assert coordinator.play("remove_bitmap", name=name).good
         assert coordinator.play("close").good
     finally:
         coordinator.end()
