@@ -114,12 +114,12 @@ class Site:
 
     def _check_snapshot(self, serial: int, content: bytes) -> None:
         """Of its second half a guest may have let go."""
-        with open_snapshot(self.image, serial) as snapshot:
-            try:
+        try:
+            with open_snapshot(self.image, serial) as snapshot:
                 assert snapshot.pread(SIZE // 2, 0) == content[: SIZE // 2], "the snapshot is wrong"
-            except SnapshotBrokenError:
-                # A writer that can't get at a snapshot's cluster bytes breaks it, and writes.
-                assert self.layer.fired, "without a fault"
+        except SnapshotBrokenError:
+            # A writer that can't get at a snapshot's cluster bytes breaks it, and writes.
+            assert self.layer.fired, "without a fault"
 
     def _look_for_leftovers(self) -> None:
         wait_for(lambda: good(self.owner.play("clients", name="other")) == 1, "the others have left")

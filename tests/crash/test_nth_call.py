@@ -199,7 +199,7 @@ def test_a_persistent_bitmap_is_added_or_its_refusal_names_the_file_that_failed(
         answer = coordinator.play("add_bitmap", name="c")
         assert answer.good or str(image) in answer.message
         layer.disarm()
-        for name in coordinator.play("bitmaps").value:
+        for name in coordinator.play("bitmaps").value or {}:
             assert coordinator.play("remove_bitmap", name=name).good
         assert coordinator.play("close").good
     finally:
