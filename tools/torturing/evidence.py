@@ -305,8 +305,15 @@ class Evidence:
         """A snapshot breaks at its timeout, because a write waited that long; never with the other policy."""
         if number != ETIMEDOUT or taken.policy != "break-snapshot":
             self.fail("mismatch", f"{taken.name} ({taken.policy}) is broken with errno {number}")
-        elif not any(begin < ns and end > taken.cut[0] for begin, end in self.long_waits):
+        elif not any(begin < ns for begin, _ in self._waits_after(taken)):
             self.fail("mismatch", f"{taken.name} is broken by its timeout, and no write waited that long")
+
+    def _may_have_broken(self, taken: Taken) -> bool:
+        return taken.policy == "break-snapshot" and bool(self._waits_after(taken))
+
+    def _waits_after(self, taken: Taken) -> list[Interval]:
+        """Writes that waited for as long as the timeout and ended after a cut began."""
+        return [(begin, end) for begin, end in self.long_waits if end > taken.cut[0]]
 
     # -- copies ----------------------------------------------------------------------------------------------------
 
@@ -328,6 +335,10 @@ class Evidence:
             self._count("backups", taken.name, self._judge_copy(path, taken.cut), taken)
         elif taken.given_up or taken.cancelled or taken.error is not None:
             self.figures.counts["backups.broken" if taken.broken else "backups.cancelled"] += taken.sure
+        elif taken.sure and not taken.concluded and self._may_have_broken(taken):
+            # Its coordinator was killed before the program that asked for the backup could look: a job that has ended
+            # by itself is kept for nobody, and its target never had its name.
+            self.figures.counts["backups.broken, and the program killed"] += 1
         elif taken.concluded or taken.sure:
             self.fail(
                 "mismatch", f"{taken.name} is {'concluded' if taken.concluded else 'lost'}: there is no such file"
