@@ -113,6 +113,11 @@ class Connection:
         handshake = Handshake(self._find, self._names, tls=self._tls is not None, tls_required=self._tls is not None)
         self._sock.settimeout(HANDSHAKE_LIMIT_S)
         while True:
+            if handshake.chosen is not None:
+                # Before it is told: a client that knows that it has the export is one of its clients.
+                self._pools = self._choose(self, handshake.chosen.name)
+                if self._pools is None:
+                    return b""
             self._sock.sendall(handshake.outgoing)
             handshake.outgoing.clear()
             if handshake.chosen is not None or handshake.ended:
@@ -126,8 +131,6 @@ class Connection:
                 return b""
             handshake.receive(data)
         self._sock.settimeout(None)
-        if handshake.chosen is not None:
-            self._pools = self._choose(self, handshake.chosen.name)
         self._structured = handshake.structured
         self._contexts = handshake.contexts
         return bytes(handshake.rest)
