@@ -90,7 +90,9 @@ class SavedBitmaps:
         OSError: it could not be marked and synced; then the bitmaps must not be used.
         """
         names = {name: {"granularity": each.granularity} for name, each in bitmaps.items() if each.persistent}
-        self._write({"segment": segment, "boot": boot_id().hex()}, names)
+        with naming(self._image_path, "its bitmaps can't be marked as in use"):
+            boot = boot_id().hex()
+        self._write({"segment": segment, "boot": boot}, names)
 
     def save(self, bitmaps: dict[str, DirtyBitmap]) -> None:
         """After a clean end: nobody can write the image through shmcbw any more.  OSError: the file stays marked."""

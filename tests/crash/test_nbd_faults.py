@@ -230,8 +230,8 @@ def test_whichever_call_of_a_server_fails_no_client_gets_a_wrong_byte(image: Pat
     assert fired
 
 
-def found(kind: str, what: str, first: int, times: int = 1) -> Fault:
-    return Fault(Kind("server", *kind.split()), what, first, times)
+def found(kind: str, what: str, first: int, times: int = 1, role: str = "server") -> Fault:
+    return Fault(Kind(role, *kind.split()), what, first, times)
 
 
 #: Faults that once ended wrongly, and how.
@@ -239,6 +239,7 @@ FOUND = [
     # The thread that takes clients died of it: nobody was served any more.
     found("setsockopt socket", "ENOBUFS", 0),
     found("recv door", "EIO", 0),
+    found("close socket", "EIO", 0, role="coordinator"),
     # The reply to a request that had waited was lost: its client waited for ever.
     *(found("send socket", "ENOBUFS", number) for number in range(4, 7)),
     # No word of what can't be served.

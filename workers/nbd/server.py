@@ -23,6 +23,7 @@ from dataclasses import asdict
 from typing import Any
 
 from shmcbw.errors import ShmcbwError
+from shmcbw.image import close_descriptor
 
 from .specification import ExportSpec, Tls
 from .tls import server_context
@@ -259,8 +260,11 @@ class Server:
                     time.sleep(0.05)
                 continue
             complaint = None
-            with client:
+            try:
                 self._hand_over(client)
+            finally:
+                # Whatever close() has to say: the next client is to be served.
+                close_descriptor(client.detach())
 
     def _hand_over(self, client: socket.socket) -> None:
         """To the process with the fewest clients that takes it."""
