@@ -22,19 +22,27 @@ KILL, STOP = "kill", "stop"
 class Trial:
     """One scenario in one round: what was asked for, and what must have become of it."""
 
-    def __init__(self, world: World, number: int, action: str) -> None:
+    def __init__(self, world: World, number: int, action: str, kind: str = "") -> None:
+        """``kind``: whoever is going to be killed or stopped."""
         self.world = world
+        #: A stopped worker's claim is waited for until the deadline; whoever else stops has nothing that a write needs.
+        late = action == STOP and kind == WORKER
         self.target = world.directory / f"backup-{number}"
         self.scratch = world.directory / f"scratch-{number}"
         self.read = world.directory / f"read-{number}"
         #: A stopped worker is waited for in vain when it stands still for longer than this.
-        self.cbw_timeout_s = 20.0 if action == KILL else DRAIN_LIMIT_S
+        self.cbw_timeout_s = DRAIN_LIMIT_S if late else 20.0
         #: The image at the cut, where it was taken while nobody wrote.
         self.expected: bytes | None = None
         self.has_job = False
         self.has_snapshot = False
         #: Whether what was begun may end without a result (broken, refused, cancelled), by the scenario itself.
-        self.may_fail = action == STOP
+        self.may_fail = late
+        #: What a job's error may be then, and whether its result may have died with the coordinator that knew it.
+        self.reasons = {"SnapshotBrokenError"}
+        self.may_be_forgotten = action == KILL and kind == COORDINATOR
+        #: What an order may be refused with.
+        self.refusals: set[str] = set()
         #: Discarded clusters can't be read any more.
         self.discarded = False
 
@@ -136,6 +144,7 @@ class TakeCut(Scenario):
 
     def prepare(self, trial: Trial) -> None:
         trial.may_fail = True  # a cut may be given up; it was asked for only
+        trial.refusals = {"CutAbandonedError"}
         trial.world.let_write()
 
     def act(self, trial: Trial) -> None:
@@ -238,6 +247,7 @@ class Gate(Scenario):
 
     def prepare(self, trial: Trial) -> None:
         trial.may_fail = True
+        trial.refusals = {"CutAbandonedError"}
         trial.calm()
         trial.world.arm("coordinator.odd", "stop*1")
         trial.world.order(do="snapshot", scratch=str(trial.scratch), cbw_timeout=trial.cbw_timeout_s)
@@ -264,6 +274,7 @@ class Held(Scenario):
 
     def prepare(self, trial: Trial) -> None:
         trial.may_fail = True
+        trial.refusals = {"CutAbandonedError"}
         trial.calm()
         trial.world.arm("writer.half_stored", "stop*1")
         trial.world.run()
@@ -336,6 +347,7 @@ class Cancel(Scenario):
 
     def prepare(self, trial: Trial) -> None:
         trial.may_fail = True
+        trial.reasons = {"JobCancelledError"}
         trial.begin_job()
 
     def act(self, trial: Trial) -> None:

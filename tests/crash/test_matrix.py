@@ -110,8 +110,8 @@ def test_whoever_reaches_a_point_may_die_or_stand_still_there(
     print(f"SHMCBW_SEED={SEED}")
     world = lasting_world
     world.failed = True
-    trial = Trial(world, world.rounds, action)
     play, kind = SCENARIOS[scenario], REACHED[scenario][point]
+    trial = Trial(world, world.rounds, action, kind)
     play.prepare(trial)
     for other, specification in play.beside.items():
         world.arm(other, specification)
@@ -140,7 +140,7 @@ def test_anybody_may_die_or_stand_still_anywhere(lasting_world: World, scenario:
     """Where chance has them: idle ones too, which reach no point."""
     world = lasting_world
     world.failed = True
-    trial = Trial(world, world.rounds, action)
+    trial = Trial(world, world.rounds, action, kind)
     play = SCENARIOS[scenario]
     play.prepare(trial)
     play.act(trial)
@@ -168,19 +168,23 @@ def outlast(world: World) -> None:
 def end(trial: Trial) -> None:
     """Everybody who died is replaced; everything is brought to its end and judged."""
     world = trial.world
-    world.recover()
+    answer = world.recover()
+    assert answer is None or "ok" in answer or answer["error"] in trial.refusals, answer
     judge_reader(trial, world.end_reader())
     world.let_write()
     world.ask(do="speed", speed=0)
     results = world.ask(do="results")
     world.pause()
     if trial.has_job:
+        reason = results.get(str(trial.target))
         if trial.target.exists():
-            assert results.get(str(trial.target)) is None
+            assert reason is None
             assert trial.target.read_bytes() == trial.expected
             trial.target.unlink()
         else:
-            assert trial.may_fail, results.get(str(trial.target))
+            assert trial.may_fail, reason
+            known = str(trial.target) in results
+            assert reason in trial.reasons if known else trial.may_be_forgotten, reason
     if trial.has_snapshot and not trial.discarded:
         content = trial.target.with_name("content")
         world.order(do="read", to=str(content))

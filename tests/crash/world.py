@@ -6,6 +6,7 @@ told anything but by what a user has too: the coordinator's interface and a writ
 
 from __future__ import annotations
 
+import mmap
 import os
 import select
 import signal
@@ -54,8 +55,12 @@ def attached(image: Path) -> Iterator[Segment]:
         file.close()
 
 
+def _place(point: str) -> int:
+    return Header.failpoints.offset + 8 * (1 + failpoints.index_of(point))
+
+
 def _word(segment: Segment, point: str) -> int:
-    return _core.load_u64(segment.memory, Header.failpoints.offset + 8 * (1 + failpoints.index_of(point)))
+    return _core.load_u64(segment.memory, _place(point))
 
 
 class World:
@@ -83,6 +88,7 @@ class World:
         self.rounds = 0
         self.failed = False
         self._recorded: dict[str, int] = {}
+        self._armed: mmap.mmap
         self.hear()
         for number in range(wave.WRITERS):
             self.start_writer(number)
@@ -240,19 +246,16 @@ class World:
     def arm(self, point: str, specification: str) -> None:
         with attached(self.image) as segment:
             failpoints.arm(segment.memory, point, specification)
+            # Held on to: it may be unlinked by whoever leaves last, and its words still tell what was reached.
+            self._armed = mmap.mmap(segment.fd, Header.SIZE)
 
     def disarm(self) -> None:
         with attached(self.image) as segment:
             failpoints.disarm_all(segment.memory)
 
     def is_spent(self, point: str) -> bool:
-        """Whether the point's one action has happened."""
-        try:
-            with attached(self.image) as segment:
-                return _word(segment, point) == 0
-        except shmcbw.ShmcbwError:
-            # The segment went with whoever left last.
-            return True
+        """Whether the one action of the point that was armed last has happened, in the segment it was armed in."""
+        return _core.load_u64(self._armed, _place(point)) == 0
 
     def record(self, beside: dict[str, str]) -> None:
         """Arm all points so that nothing happens and each notes that it was reached."""
@@ -281,17 +284,20 @@ class World:
 
     # -- after a round -------------------------------------------------------------------------------------------------
 
-    def recover(self) -> None:
-        """Replace who died, as their user would: a restart, no manual step."""
+    def recover(self) -> dict[str, Any] | None:
+        """Replace who died, as their user would: one restart, no manual step.  What the coordinator has last said."""
         self.go_on()
+        answer, asked = None, self.asked
         if self.owner.process.poll() is None:
-            self.hear()
-        for _ in range(3):
-            if self.owner.process.poll() is None:
-                break
+            answer = self.hear()
+            if asked and answer is None:
+                self.owner.process.wait(PATIENCE_S)
+        if self.owner.process.poll() is not None:
+            died = self.owner.process.returncode
+            assert died == -signal.SIGKILL, f"the coordinator ended by itself: {died}"
             self.start_owner()
-            self.hear()
-        assert self.owner.process.poll() is None, "three coordinators in a row did not start"
+            # Nothing is armed any more that could explain another death.
+            assert self.hear() is not None, f"the next coordinator did not start: {self.owner.process.wait(PATIENCE_S)}"
         for number, writer in list(self.writers.items()):
             if writer.poll() is not None:
                 self.start_writer(number)
@@ -302,6 +308,7 @@ class World:
         # One that leaves late would be taken for somebody of the next round.
         wait_for(lambda: all(state(pid) in ("", "Z", "X") for pid in self.orphans), "orphans leave", PATIENCE_S)
         self.orphans = []
+        return answer
 
     def end_reader(self) -> int | None:
         """Wait for the reader: its exit status."""
