@@ -36,7 +36,8 @@ bench: $(VENV)/.installed-test
 	$(BIN)/python -m tools.bench $(BENCH_ARGS)
 
 matrix: $(VENV)/.installed-test
-	SHMCBW_MATRIX=all $(BIN)/python -m pytest tests/crash/test_matrix.py tests/crash/test_bitmap_kill.py tests/crash/test_job_kill.py
+	SHMCBW_MATRIX=all $(BIN)/python -m pytest tests/crash/test_matrix.py tests/crash/test_bitmap_kill.py tests/crash/test_job_kill.py \
+		tests/crash/test_groups.py tests/crash/test_resize_kill.py tests/crash/test_failpoints.py tests/crash/test_errnos.py
 
 faults: $(VENV)/.installed-test
 	SHMCBW_NTH_CALL=all $(BIN)/python -m pytest tests/crash/test_nth_call.py tests/crash/test_socket_faults.py \

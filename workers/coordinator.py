@@ -864,27 +864,31 @@ class Coordinator:
     def _free_entry(self, index: int, serial: int) -> None:
         """The snapshot is no more: nobody waits for it, its bitmap's name goes, workers let go of its target."""
         self._segment.set_snapshot(index, Snapshot.state, states.state_word(states.FREE, 0))
-        self._reach("freed")
-        wake_all(self._segment)
-        self._pool.wake()
-        # An entry that was scribbled on may have the serial of another one.
-        if serial not in {each.serial for each in (*self._prepared.values(), *self._entries.values())}:
-            Bitmap.unlink(self._segment, serial)
+        try:
+            self._reach("freed")
+        finally:
+            wake_all(self._segment)
+            self._pool.wake()
+            # An entry that was scribbled on may have the serial of another one.
+            if serial not in {each.serial for each in (*self._prepared.values(), *self._entries.values())}:
+                Bitmap.unlink(self._segment, serial)
 
     def _release_entry(self, entry: Entry) -> None:
+        """Each step of it, also if one before it failed: nobody would come back for the entry."""
         self._entries.pop(entry.index, None)
         self._prepared.pop(entry.index, None)
         entry.released = True
-        if entry.target.working_path != entry.target.path:
-            # Given up before the file goes, or who comes after our death would report it as lost.
-            word = self._segment.snapshot(entry.index, Snapshot.state)
-            self._segment.set_snapshot(entry.index, Snapshot.state, states.state_word(states.ABANDONED, word >> 32))
-            # Before the entry is free: afterwards nobody would know of an unfinished file.
-            entry.target.remove()
-            self._reach("removed")
-        self._free_entry(entry.index, entry.serial)
-        entry.bitmap.close()
-        entry.target.close()
+        with contextlib.ExitStack() as stages:
+            stages.callback(entry.target.close)
+            stages.callback(entry.bitmap.close)
+            stages.callback(self._free_entry, entry.index, entry.serial)
+            if entry.target.working_path != entry.target.path:
+                # Given up before the file goes, or who comes after our death would report it as lost.
+                word = self._segment.snapshot(entry.index, Snapshot.state)
+                self._segment.set_snapshot(entry.index, Snapshot.state, states.state_word(states.ABANDONED, word >> 32))
+                # Before the entry is free: afterwards nobody would know of an unfinished file.
+                entry.target.remove()
+                self._reach("removed")
 
     def end_entry(self, entry: Entry, *, succeeded: bool) -> None:
         """The end of a job's snapshot: its bitmap is what the outcome makes of it, an unfinished target is removed."""

@@ -20,6 +20,8 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from shmcbw import _core, states
@@ -267,12 +269,15 @@ class CopyWorker:
             self.targets[index] = Target(
                 index, serial, fd, bitmap, skip_holes, manifest_fd, in_place, snapshot, copy_range
             )
+            self._reach(_OPENED)
         except OSError as error:
             number = error.errno or errno.EIO
-        self._reach(_OPENED)
+            if index in self.targets:
+                self._let_go(self.targets[index])
         self._acknowledge(index, serial, number)
-        self._reach(_ACKNOWLEDGED)
-        self.segment.wake_coordinator()
+        with self._may_fail():
+            self._reach(_ACKNOWLEDGED)
+            self.segment.wake_coordinator()
 
     def _open_manifest(self, index: int, expected: Identity) -> int:
         """The descriptor of the manifest that was made for this target; -1 if it has none."""
@@ -306,19 +311,19 @@ class CopyWorker:
 
     def _serve(self, slot: int, sequence: int, want_first: int, index: int, first: int, end: int) -> None:
         """Copy a claimed run that the slot waits for; then, for a sequential writer, some more behind it."""
-        self._reach(_CLAIMED)
         target = self.targets[index]
-        copied = self._copy(target, first, end, COPIED_FOR_WRITER)
+        copied = self._copy(target, first, end, COPIED_FOR_WRITER, _CLAIMED)
         self._count("wanted_chunks")
         self._charge(target, copied.written_bytes)
         self.served_ns = time.monotonic_ns()
         if copied.error is not None:
-            self._reach(_FAILED)
-            self.copier.deliver_error(
-                slot, sequence, want_first, index, copied.failed_cluster, copied.error.errno or errno.EIO
-            )
-            self._reach(_DELIVERED)
-            self.segment.wake_slot(slot)
+            with self._may_fail():
+                self._reach(_FAILED)
+                self.copier.deliver_error(
+                    slot, sequence, want_first, index, copied.failed_cluster, copied.error.errno or errno.EIO
+                )
+                self._reach(_DELIVERED)
+                self.segment.wake_slot(slot)
             return
         self._copy_ahead(target, first, end)
 
@@ -334,7 +339,7 @@ class CopyWorker:
         claimed = _core.claim(target.bitmap.memory, end, min(end + run, self.clusters), self.worker_id, run)
         if claimed is not None:
             self._count("ahead_chunks")
-            copied = self._copy(target, *claimed, COPIED_FOR_WRITER)
+            copied = self._copy(target, *claimed, COPIED_FOR_WRITER, _CLAIMED)
             self._charge(target, copied.written_bytes)
 
     # -- background ------------------------------------------------------------------------------------------------
@@ -384,7 +389,6 @@ class CopyWorker:
             claimed = _core.claim(target.bitmap.memory, first, min(first + limit, self.clusters), self.worker_id, limit)
             if claimed is not None:
                 segment.exchange_snapshot(index, Snapshot.cursor, cursor, claimed[1])
-                self._reach(_BACKGROUND)
                 self._copy_claimed_chunk(target, *claimed, word >> 32)
         finally:
             self._end_turn(turn)
@@ -392,7 +396,7 @@ class CopyWorker:
 
     def _copy_claimed_chunk(self, target: Target, first: int, end: int, odd_epoch: int) -> None:
         started = time.monotonic_ns()
-        copied = self._copy(target, first, end, COPIED)
+        copied = self._copy(target, first, end, COPIED, _BACKGROUND)
         self._count("background_chunks")
         if copied.written_bytes:
             # The sync at the end then finds most of it on its way.
@@ -478,23 +482,31 @@ class CopyWorker:
 
     # -- one run ---------------------------------------------------------------------------------------------------
 
-    def _copy(self, target: Target, first: int, end: int, state: int) -> Copied:
-        """Copy and publish a claimed run, give back what failed, and wake who waits for any of it (I2)."""
+    def _copy(self, target: Target, first: int, end: int, state: int, claimed: int) -> Copied:
+        """Copy and publish a claimed run, give back what failed, and wake who waits for any of it (I2).
+
+        claimed: the failpoint of the claim.
+        """
         if target.snapshot is not None:
             copy = target.snapshot.copy_run
         else:
             copy = functools.partial(copy_run, self.source, in_place=target.in_place, copy_range=target.copy_range)
-        copied = copy(
-            target.fd,
-            first,
-            end,
-            cluster_size=self.cluster_size,
-            copied_state=state,
-            skip_holes=target.skip_holes,
-            before_write=self._before_write,
-            manifest_fd=target.manifest_fd,
-        )
-        self._reach(_COPIED)
+        try:
+            self._reach(claimed)
+            copied = copy(
+                target.fd,
+                first,
+                end,
+                cluster_size=self.cluster_size,
+                copied_state=state,
+                skip_holes=target.skip_holes,
+                before_write=self._before_write,
+                manifest_fd=target.manifest_fd,
+            )
+            self._reach(_COPIED)
+        except OSError as error:
+            # Of a failpoint: nothing of the run counts.
+            copied = Copied(error=error, failed_cluster=first, from_source=False)
         memory = target.bitmap.memory
         self._check_marks(target, first, end)
         for run_first, run_end, run_state in copied.runs:
@@ -508,13 +520,22 @@ class CopyWorker:
             cursor = self.segment.snapshot(target.index, Snapshot.cursor)
             if cursor > copied.failed_cluster:
                 self.segment.exchange_snapshot(target.index, Snapshot.cursor, cursor, copied.failed_cluster)
-        self._reach(_PUBLISHED)
-        if target.snapshot is not None:
-            target.snapshot.let_go(copied.runs)
-        for slot in self.copier.sleepers(first, end):
-            self.segment.wake_slot(slot)
-        self._reach(_WOKE)
+        with self._may_fail():
+            self._reach(_PUBLISHED)
+            if target.snapshot is not None:
+                target.snapshot.let_go(copied.runs)
+            for slot in self.copier.sleepers(first, end):
+                self.segment.wake_slot(slot)
+            self._reach(_WOKE)
         return copied
+
+    @contextmanager
+    def _may_fail(self) -> Iterator[None]:
+        """What only tells somebody: who is not told looks again, and asks again."""
+        try:
+            yield
+        except OSError as error:
+            print(f"shmcbw copy worker {self.worker_id}: a writer is not told: {error}", file=sys.stderr)
 
     # -- scribbled memory ------------------------------------------------------------------------------------------
 
