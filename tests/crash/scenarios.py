@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 from typing import ClassVar
@@ -432,7 +433,8 @@ BY_CHANCE["gate"] = {"worker.asleep", "coordinator.quiet"}
 
 
 def judge_reader(trial: Trial, status: int | None) -> None:
-    """What a reader read is the cut, or it was told that the snapshot is broken."""
+    """What a reader read is the cut, or it was told that the snapshot is broken, or it was killed."""
+    assert status in (None, 0, 5, -signal.SIGKILL), f"the reader's exit status is {status}"
     if status == 0:
         assert trial.read.read_bytes() == trial.expected
         trial.read.unlink()
