@@ -36,7 +36,7 @@ from .errors import (
 from .failpoints import failure
 from .image import ImageFile, file_size
 from .layout import HISTOGRAM_COUNT, SNAPSHOT_COUNT, Header, Slot, Snapshot
-from .segment import COORDINATOR, Segment, attach, try_retire
+from .segment import COORDINATOR, Segment, attach, in_use, try_retire
 from .slots import acquire_slot, release_slot
 from .snapshots import break_snapshot, is_active, state_of
 
@@ -475,13 +475,15 @@ def leave_last(segment: Segment) -> None:
     A coordinator that ends while writers are attached leaves them the segment; whoever leaves last removes it.  The
     coordinator's lock is held meanwhile, so no coordinator can adopt.
     """
-    if not segment.try_lock(COORDINATOR):
-        return
-    try:
-        if segment.linked():
-            try_retire(segment)
-    finally:
-        segment.unlock(COORDINATOR)
+    while segment.try_lock(COORDINATOR):
+        try:
+            if not segment.linked() or try_retire(segment):
+                return
+        finally:
+            segment.unlock(COORDINATOR)
+        # Whoever left after we saw him found the lock held, and relies on its holder to look again.
+        if in_use(segment):
+            return
 
 
 def open(path: str | os.PathLike[str], *, read_only: bool = False) -> Disk:

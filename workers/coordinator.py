@@ -42,6 +42,7 @@ from shmcbw.errors import (
     naming,
 )
 from shmcbw.failpoints import hit, index_of
+from shmcbw.filter import leave_last
 from shmcbw.groups import resolve as resolve_group
 from shmcbw.image import Identity, ImageFile, close_descriptor
 from shmcbw.layout import SNAPSHOT_COUNT, WORKER_COUNT_MIN, Geometry, Header, Slot, Snapshot
@@ -1233,6 +1234,8 @@ class Coordinator:
         segment = self._segment
         with contextlib.ExitStack() as stages:
             stages.callback(segment.close)
+            # A writer that left after `_retire` saw him found our lock held, and relies on us.
+            stages.callback(leave_last, segment)
             stages.callback(segment.unlock, COORDINATOR)
             # Before the segment: whoever owns that next is not to find us here.
             stages.callback(self._image_lock.close)

@@ -383,3 +383,41 @@ def test_orphans_of_a_deleted_image_leave_although_a_backup_is_unfinished(image:
     # A dying process has no command line any more and may still hold its lock for a moment.
     wait_for(lambda: sweep() or not file.exists(), "nobody holds the segment", 5)
     assert not file.exists()
+
+
+# -- the last one to leave ---------------------------------------------------------------------------------------------
+
+
+class LeavesWhenSeen:
+    """A segment as its last users see it when a writer leaves just after he was seen in it."""
+
+    def __init__(self, segment: segments.Segment, disk: shmcbw.Disk) -> None:
+        self._segment, self._disk = segment, disk
+
+    def set_header(self, word: Word, value: int) -> None:
+        self._segment.set_header(word, value)
+        if word == Header.retired and value == 0:
+            self._disk.close()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._segment, name)
+
+
+def test_a_writer_that_leaves_while_its_coordinator_closes_leaves_no_segment(image: Path) -> None:
+    coordinator = Coordinator(image, workers=1)
+    disk = shmcbw.open(image)
+    disk.pwrite(b"x", 0)
+    coordinator._segment = LeavesWhenSeen(coordinator._segment, disk)  # type: ignore[assignment]
+    coordinator.close()
+    assert not segment_file(image).exists()
+
+
+def test_two_writers_that_leave_at_once_leave_no_segment(image: Path) -> None:
+    with Coordinator(image, workers=1):
+        first, second = shmcbw.open(image), shmcbw.open(image)
+        first.pwrite(b"x", 0)
+        second.pwrite(b"y", 0)
+    assert segment_file(image).exists()
+    first._segment = LeavesWhenSeen(first._segment, second)  # type: ignore[arg-type, assignment]
+    first.close()
+    assert not segment_file(image).exists()
