@@ -308,8 +308,20 @@ class Evidence:
         elif not any(begin < ns for begin, _ in self._waits_after(taken)):
             self.fail("mismatch", f"{taken.name} is broken by its timeout, and no write waited that long")
 
-    def _may_have_broken(self, taken: Taken) -> bool:
-        return taken.policy == "break-snapshot" and bool(self._waits_after(taken))
+    def _broke_unseen(self, taken: Taken) -> bool:
+        """Whether a backup broke, its coordinator said so in its log, and was killed before the role had looked.
+
+        A job that has ended by itself is kept for nobody; so the log is the only one that can say it.
+        """
+        deaths = [fate.killed_ns for fate in self.fates if fate.role == COORDINATOR and fate.killed_ns is not None]
+        killed_ns = max(deaths, default=0)
+        if taken.policy != "break-snapshot" or not any(begin < killed_ns for begin, _ in self._waits_after(taken)):
+            return False
+        # The coordinator of several images has one log.
+        target = f"{self.place.directory.name}/{self.place.targets.name}/{taken.name}>"
+        logs = self.place.directory.parent.glob(f"*/{COORDINATOR}-*.err")
+        lines = (line for log in logs for line in log.read_text(errors="replace").splitlines())
+        return any(target in line and "the snapshot is broken" in line for line in lines)
 
     def _waits_after(self, taken: Taken) -> list[Interval]:
         """Writes that waited for as long as the timeout and ended after a cut began."""
@@ -335,14 +347,11 @@ class Evidence:
             self._count("backups", taken.name, self._judge_copy(path, taken.cut), taken)
         elif taken.given_up or taken.cancelled or taken.error is not None:
             self.figures.counts["backups.broken" if taken.broken else "backups.cancelled"] += taken.sure
-        elif taken.sure and not taken.concluded and self._may_have_broken(taken):
-            # Its coordinator was killed before the program that asked for the backup could look: a job that has ended
-            # by itself is kept for nobody, and its target never had its name.
-            self.figures.counts["backups.broken, and the program killed"] += 1
+        elif taken.sure and not taken.concluded and self._broke_unseen(taken):
+            self.figures.counts["backups.broken unseen"] += 1
         elif taken.concluded or taken.sure:
-            self.fail(
-                "mismatch", f"{taken.name} is {'concluded' if taken.concluded else 'lost'}: there is no such file"
-            )
+            what = "concluded" if taken.concluded else "lost"
+            self.fail("mismatch", f"{taken.name} ({taken.policy}) is {what}: there is no such file")
 
     def _judge_read(self, taken: Taken, read: dict[str, Any]) -> None:
         inaccessible = [(first, last) for first, last in read["inaccessible"]]
