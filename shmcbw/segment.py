@@ -52,6 +52,8 @@ _ALLOCATED, _OWNED, _SEMAPHORES, _HEADER = (
 _MARKED, _NAMES = failpoints.index_of("retire.marked"), failpoints.index_of("retire.names")
 _SEMAPHORE_FILE_BYTES = 32
 _RESIZE_TRIES = 20
+#: Orphans that are told to leave, and dying processes, are gone by then.
+_LEAVE_LIMIT_S = 7.0
 _RESIZE_PAUSE_S = 0.001
 
 
@@ -700,7 +702,7 @@ def unlink_all(identity: Identity, where: failpoints.Table | None = None) -> Non
     unlink_shared_memory(name)
 
 
-def discard_unused(identity: Identity, image_uid: int, wait_s: float = 7.0) -> None:
+def discard_unused(identity: Identity, image_uid: int, wait_s: float = _LEAVE_LIMIT_S) -> None:
     """Discard a segment that can't be attached (unfinished, of another boot, size or version), if nobody holds it.
 
     Orphaned workers are told to leave first, and dying processes get ``wait_s`` seconds to end.  ShmcbwError if any
@@ -763,10 +765,13 @@ def _send_workers_away(fd: int, name: str) -> None:
         pass
 
 
-def sweep(before: Callable[[Segment], None] | None = None, spared: Identity | None = None) -> list[str]:
+def sweep(
+    before: Callable[[Segment], None] | None = None, spared: Identity | None = None, replaced: str = ""
+) -> list[str]:
     """Remove segments of our own that nobody holds and nobody can need, but ``spared``: the names of those.
 
-    before: called with each, while it still has its name.
+    before: called with each, while it still has its name.  replaced: path of an image that the caller is about to
+    serve; orphaned workers of another image that had that path are sent away first, and waited for.
 
     Nobody holds it: all its locks are free.  Nobody can need it: it has no snapshot and no journal that a coordinator
     could go on with, or its image is not there any more.
@@ -783,6 +788,8 @@ def sweep(before: Callable[[Segment], None] | None = None, spared: Identity | No
         except (ShmcbwError, OSError, ValueError):
             continue
         try:
+            if replaced and segment.text(Header.image_path.offset, Header.image_path) == replaced:
+                _end_orphans(segment)
             if os.fstat(segment.fd).st_uid == os.geteuid() and _try_lock_all(segment.fd) and _unneeded(segment):
                 # All locks are ours: a writer that wants a slot now gets none, and then finds the name gone.
                 segment.set_header(Header.retired, 1)
@@ -793,6 +800,17 @@ def sweep(before: Callable[[Segment], None] | None = None, spared: Identity | No
         finally:
             segment.close()
     return removed
+
+
+def _end_orphans(segment: Segment) -> None:
+    """Have the workers of a dead coordinator leave, unless writers need them still."""
+    writers = any(segment.locked(slot_byte(slot)) for slot in range(segment.geometry.slot_count))
+    if writers or segment.locked(COORDINATOR):
+        return
+    _send_workers_away(segment.fd, segment.name)
+    deadline = time.monotonic() + _LEAVE_LIMIT_S
+    while worker_lives(segment) and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
 def _sweep_unusable(identity: Identity) -> None:

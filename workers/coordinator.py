@@ -305,7 +305,7 @@ class Coordinator:
             path = segment.text(Header.image_path.offset, Header.image_path)
             found.append((path, unfinished_in(segment.memory)))
 
-        for name in sweep(note, self._image.identity):
+        for name in sweep(note, self._image.identity, os.path.abspath(self.path)):
             log.info("removed %s, which nobody used any more", name)
         for path, unfinished in found:
             lost = give_up(unfinished, f"its image {path} was deleted or replaced")

@@ -26,6 +26,7 @@ from shmcbw.invariants import check
 from shmcbw.layout import Header, Word, Worker
 from shmcbw.seals import header_seal
 from shmcbw.segment import attach, worker_byte
+from shmcbw.snapshots import broken_error
 from shmcbw.workers import Coordinator
 from tests.conftest import segment_file, wait_for
 from tests.owner import ROOT, Owner
@@ -300,6 +301,52 @@ def test_a_backup_that_can_not_go_on_is_reported_as_failed_and_is_in_nobodys_way
     assert target.read_bytes() == image.read_bytes()
     assert any(record.levelno == logging.ERROR and reason in record.getMessage() for record in caplog.records)
     assert not list(tmp_path.glob("*.shmcbw-*"))
+
+
+def test_a_backup_of_an_image_that_was_replaced_by_a_rename_is_told_at_once(image: Path, tmp_path: Path) -> None:
+    """While the dead coordinator's workers still copy the old one, which has lost its name."""
+    target, old = tmp_path / "out", segment_file(image)
+    orphans = kill_owner(image, {"do": "backup", "target": str(target), "speed": 1})
+    assert orphans
+    new = tmp_path / "new.img"
+    new.write_bytes(bytes(range(256)) * (SIZE // 256))
+    new.replace(image)
+    with Coordinator(image, workers=1) as coordinator:
+        (job,) = coordinator.jobs
+        assert (job.status, job.target) == ("concluded", str(target))
+        assert "deleted or replaced" in str(job.error)
+        assert not old.exists()
+        assert not list(tmp_path.glob("*.shmcbw-*")), "nothing is left of it"
+        coordinator.backup(target).wait(20)
+    assert target.read_bytes() == image.read_bytes()
+    with Coordinator(image, workers=1) as coordinator:
+        assert coordinator.jobs == [], "the failed one was told, the other one is there"
+
+
+def test_writers_of_an_image_that_was_replaced_keep_their_workers(image: Path, tmp_path: Path) -> None:
+    old = segment_file(image)
+    owner = Owner(image)
+    try:
+        assert owner.answer() is not None
+        with shmcbw.open(image) as disk:
+            assert owner.ask(do="backup", target=str(tmp_path / "out"), speed=1) is not None
+            owner.end()
+            new = tmp_path / "new.img"
+            new.write_bytes(bytes(SIZE))
+            new.replace(image)
+            with Coordinator(image, workers=1) as coordinator:
+                assert coordinator.jobs == []
+                disk.pwrite(b"x", SIZE - 1)
+                assert disk.statistics()["first_touches"] == 1
+                assert disk._segment is not None
+                assert broken_error(disk._segment, 0) is None, "an orphan has copied for it"
+            assert old.exists()
+    finally:
+        owner.end()
+    with Coordinator(image, workers=1) as coordinator:
+        (job,) = coordinator.jobs
+        assert "deleted or replaced" in str(job.error)
+    assert not old.exists()
 
 
 def test_scratch_of_a_snapshot_that_can_not_go_on_is_removed(image: Path, tmp_path: Path) -> None:
