@@ -147,13 +147,17 @@ def call_off(path: str, ids: Sequence[str]) -> None:
     """Cancel jobs that have not ended, and have the daemon forget all of them.
 
     Over a connection of its own: whoever was interrupted may still have an answer due on the other one.  What was asked
-    for there comes before this: commands that alter something take turns.
+    for there comes before this: commands that alter something take turns.  A daemon that has gone is told of on stderr:
+    the next one goes on with the jobs.
     """
-    with Client(path) as client:
-        for job_id in ids:
-            for verb in ("job-cancel", "job-dismiss"):
-                with contextlib.suppress(RefusedError):
-                    client.execute(verb, id=job_id)
+    try:
+        with Client(path) as client:
+            for job_id in ids:
+                for verb in ("job-cancel", "job-dismiss"):
+                    with contextlib.suppress(RefusedError):
+                        client.execute(verb, id=job_id)
+    except (ConnectionError, FileNotFoundError):
+        print(f"shmcbw backup: no daemon is left to cancel {', '.join(ids)}", file=sys.stderr)
 
 
 # -- verbs -------------------------------------------------------------------------------------------------------------

@@ -470,6 +470,21 @@ def test_an_interrupted_backup_is_cancelled_at_the_daemon(set_: Set) -> None:
     assert not out.exists()
 
 
+def test_a_backup_whose_daemon_is_killed_says_so_and_what_to_do(set_: Set) -> None:
+    out = set_.image.with_name("cli.img")
+    command = [sys.executable, "-m", "shmcbw", "backup", str(set_.image), str(out), "--speed", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: set_.client.execute("query-jobs"), "the daemon has a job", 30)
+    (job,) = set_.client.execute("query-jobs")
+    set_.daemon.kill()
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 3 and str(set_.daemon.path) in errors
+    assert "has gone" in errors and "shmcbw job list" in errors and f"to cancel {job['id']}" in errors
+    set_.daemon.start()
+    (there,) = set_.daemon.connect().execute("query-jobs")
+    assert (there["id"], there["status"]) == (job["id"], "running")
+
+
 # -- the daemon under many hands ---------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import select
@@ -26,10 +27,21 @@ class RefusedError(ShmcbwError):
         self.error_class = error_class
 
 
+class PartedError(NoCoordinatorError, EOFError):
+    """The daemon has closed the connection: it ended, died, or wants no more of this client."""
+
+    def __init__(self, path: str, number: int = errno.ECONNRESET) -> None:
+        super().__init__(
+            number,
+            f"the daemon at {path} has gone, or has closed the connection; jobs outlive a daemon that died: serve the "
+            "image again (shmcbw serve IMAGE) and look (shmcbw job list IMAGE)",
+        )
+
+
 class Client:
     """A connection to a daemon: negotiated, with the events that came, in order.
 
-    OSError: nobody listens there.  ``pid``: who must be at the other end, 0 for whoever it is.
+    OSError: nobody listens there, or it parts at once.  ``pid``: who must be at the other end, 0 for whoever it is.
     """
 
     def __init__(self, path: str, *, negotiate: bool = True, pid: int = 0) -> None:
@@ -51,19 +63,25 @@ class Client:
             raise
 
     def send(self, data: bytes) -> None:
-        self.socket.sendall(data)
+        try:
+            self.socket.sendall(data)
+        except ConnectionError as error:
+            raise PartedError(self.path, error.errno or errno.ECONNRESET) from None
 
     def receive(self, timeout_s: float = ANSWER_TIMEOUT_S) -> dict[str, Any]:
-        """The next message, a reply or an event; EOFError if the daemon has gone, TimeoutError."""
+        """The next message, a reply or an event; PartedError, TimeoutError."""
         deadline = time.monotonic() + timeout_s
         # A server's messages are lines, unlike a client's.
         while b"\n" not in self._received:
             left = deadline - time.monotonic()
             if left <= 0 or not select.select([self.socket], [], [], left)[0]:
                 raise TimeoutError(f"the daemon has said nothing for {timeout_s} s")
-            data = self.socket.recv(1 << 16)
+            try:
+                data = self.socket.recv(1 << 16)
+            except ConnectionError as error:
+                raise PartedError(self.path, error.errno or errno.ECONNRESET) from None
             if not data:
-                raise EOFError("the daemon has closed the connection")
+                raise PartedError(self.path)
             self._received += data
         line, _, rest = self._received.partition(b"\n")
         self._received = rest
@@ -115,6 +133,6 @@ def connect_to_owner(segment: Segment) -> Client | None:
         return None
     try:
         return Client(path, pid=pid)
-    except (OSError, EOFError) as error:
-        text = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+    except OSError as error:
+        text = os.strerror(error.errno) if error.errno else str(error)
         raise NoCoordinatorError(f"the daemon (pid {pid}) can't be reached at {path}: {text}") from None
