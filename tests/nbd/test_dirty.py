@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,17 +25,6 @@ from tests.nbd.client import Client
 SIZE = 8 << 20
 CLUSTER = 65_536
 Runs = list[tuple[int, int]]
-
-
-@pytest.fixture
-def image(make_image: Callable[..., Path]) -> Path:
-    return make_image(SIZE)
-
-
-@pytest.fixture
-def coordinator(image: Path) -> Iterator[Coordinator]:
-    with Coordinator(image, workers=2) as coordinator:
-        yield coordinator
 
 
 @pytest.fixture

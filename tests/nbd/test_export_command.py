@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,11 +17,6 @@ from shmcbw.workers import Coordinator
 
 SIZE = 4 << 20
 COMMAND = [sys.executable, "-m", "shmcbw", "export"]
-
-
-@pytest.fixture
-def image(make_image: Callable[..., Path]) -> Path:
-    return make_image(SIZE)
 
 
 @contextmanager

@@ -29,11 +29,6 @@ CLUSTER = 65_536
 
 
 @pytest.fixture
-def image(make_image: Callable[..., Path]) -> Path:
-    return make_image(SIZE)
-
-
-@pytest.fixture
 def coordinator(image: Path) -> Iterator[Coordinator]:
     with Coordinator(image, workers=1) as coordinator:
         yield coordinator

@@ -33,17 +33,6 @@ def run(*command: str, timeout: float = 60) -> str:
 
 
 @pytest.fixture
-def image(make_image: Callable[..., Path]) -> Path:
-    return make_image(SIZE)
-
-
-@pytest.fixture
-def coordinator(image: Path) -> Iterator[Coordinator]:
-    with Coordinator(image, workers=2) as coordinator:
-        yield coordinator
-
-
-@pytest.fixture
 def server(coordinator: Coordinator, tmp_path: Path) -> Iterator[Server]:
     path = str(tmp_path / "nbd.sock")
     with Server(listen_unix(path), path=path) as server:
@@ -122,15 +111,21 @@ def test_a_sparse_copy_of_a_snapshot_is_the_cut_whatever_was_zeroed_since(
         server.remove("snapshot", hard=True)
 
 
+def begin_pair(image: Path) -> tuple[int, int]:
+    """Where the two numbers of `write_pairs_forever` are: both begin at 0."""
+    pair = 1 << 20, 6 << 20
+    with image.open("r+b") as file:
+        for offset in pair:
+            file.seek(offset)
+            file.write(bytes(8))
+    return pair
+
+
 def test_what_is_copied_while_others_write_is_one_instant(
     coordinator: Coordinator, server: Server, uri: Callable[[str], str], image: Path, tmp_path: Path
 ) -> None:
     """The second of a pair is never ahead of the first; and two copies by different tools are the same."""
-    first, second = 1 << 20, 6 << 20
-    with image.open("r+b") as file:
-        for offset in (first, second):
-            file.seek(offset)
-            file.write(bytes(8))
+    first, second = begin_pair(image)
     with running(write_pairs_forever, str(image), first, second):
         for count in range(4):
             with coordinator.snapshot(tmp_path / f"scratch{count}") as snapshot:
@@ -184,11 +179,7 @@ def test_a_storage_daemon_backs_up_from_our_snapshot(
     coordinator: Coordinator, server: Server, image: Path, tmp_path: Path
 ) -> None:
     """Its own blockdev-backup, with our snapshot as the source, while others write."""
-    first, second = 1 << 20, 6 << 20
-    with image.open("r+b") as file:
-        for offset in (first, second):
-            file.seek(offset)
-            file.write(bytes(8))
+    first, second = begin_pair(image)
     target = tmp_path / "target"
     target.touch()
     os.truncate(target, SIZE)
