@@ -28,7 +28,7 @@ from shmcbw.seals import header_seal
 from shmcbw.segment import attach, worker_byte
 from shmcbw.snapshots import broken_error
 from shmcbw.workers import Coordinator
-from tests.conftest import segment_file, wait_for
+from tests.conftest import needs_root, segment_file, wait_for
 from tests.owner import ROOT, Owner
 from tests.processes import stop_all
 
@@ -402,9 +402,7 @@ print(os.listdir("/dev/shm"))
 
 def test_a_backup_of_a_deleted_image_is_told_by_whoever_sweeps(make_image: Callable[..., Path], tmp_path: Path) -> None:
     """With a /dev/shm of its own: any coordinator on the machine may be the one."""
-    if os.geteuid() != 0:
-        assert not os.environ.get("CI"), "CI must run as root"
-        pytest.skip("a /dev/shm of its own needs root")
+    needs_root("a /dev/shm of its own")
     images = make_image(SIZE), make_image(SIZE, "other.img")
     script = 'mount -t tmpfs none /dev/shm && exec "$0" -c "$SWEEP" "$@"'
     command = ["unshare", "-m", "sh", "-c", script, sys.executable, *map(str, images), str(tmp_path / "out")]

@@ -11,15 +11,14 @@ import pytest
 
 import shmcbw
 from shmcbw.workers import Coordinator
+from tests.conftest import needs_root
 
 SIZE = 4 << 20
 
 
 @pytest.fixture
 def device(make_image: Callable[..., Path]) -> Iterator[Path]:
-    if os.geteuid() != 0:
-        assert not os.environ.get("CI"), "CI must run as root"
-        pytest.skip("a loop device needs root")
+    needs_root("a loop device")
     image = make_image(SIZE, "backing")
     done = subprocess.run(["losetup", "--find", "--show", str(image)], capture_output=True, text=True, check=True)
     yield Path(done.stdout.strip())

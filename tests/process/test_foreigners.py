@@ -14,13 +14,16 @@ import pytest
 import shmcbw
 from shmcbw import segment as segments
 from shmcbw.workers import Coordinator
-from tests.conftest import segment_file
+from tests.conftest import needs_root, segment_file
 
 SHM = Path(segments.SHM)
 SIZE = 1 << 20
 NOBODY = 65_534
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0 and not os.environ.get("CI"), reason="being several users needs root")
+
+@pytest.fixture(autouse=True)
+def _as_root() -> None:
+    needs_root("being several users")
 
 
 @pytest.fixture

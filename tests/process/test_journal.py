@@ -19,7 +19,7 @@ from shmcbw.layout import Worker
 from shmcbw.segment import attach, has_journal, segment_name, sweep
 from shmcbw.workers import Coordinator
 from shmcbw.workers.journal import Journal
-from tests.conftest import wait_for
+from tests.conftest import needs_root, wait_for
 
 SHM = Path("/dev/shm")
 SIZE = 1 << 20
@@ -168,9 +168,7 @@ def test_a_section_that_is_no_object_is_emptied_and_the_others_stay(image: Path)
 
 
 def test_somebody_elses_file_is_ignored_and_keeps_nothing_alive(image: Path) -> None:
-    if os.geteuid() != 0:
-        assert not os.environ.get("CI"), "CI must run as root"
-        pytest.skip("giving a file to another user needs root")
+    needs_root("giving a file to another user")
     file = journal_file(image)
     with Coordinator(image, workers=1) as coordinator:
         with coordinator.journal.change() as document:

@@ -20,7 +20,7 @@ from shmcbw.layout import Header, Word
 from shmcbw.seals import header_seal
 from shmcbw.segment import sweep
 from shmcbw.workers import Coordinator
-from tests.conftest import segment_file, wait_for
+from tests.conftest import needs_root, segment_file, wait_for
 from tests.processes import running, stop_all, write_forever
 
 SHM = Path(segments.SHM)
@@ -96,9 +96,7 @@ def test_the_segment_is_private_by_default_and_the_groups_with_a_group(image: Pa
 
 
 def test_a_segment_of_another_user_is_refused(image: Path) -> None:
-    if os.geteuid() != 0:
-        assert not os.environ.get("CI"), "CI must run as root"
-        pytest.skip("giving a file to another user needs root")
+    needs_root("giving a file to another user")
     file = segment_file(image)
     file.write_bytes(bytes(8192))
     os.chown(file, 12345, 12345)
@@ -333,9 +331,7 @@ def test_writers_stay_when_the_coordinator_closes_and_the_last_one_cleans_up(ima
 
 def test_a_full_dev_shm_is_an_error_at_creation_and_nothing_is_left(image: Path) -> None:
     """In a mount namespace of its own, with a /dev/shm that is too small for the segment."""
-    if os.geteuid() != 0:
-        assert not os.environ.get("CI"), "CI must run as root"
-        pytest.skip("a small /dev/shm needs root")
+    needs_root("a small /dev/shm")
     script = (
         "import os, sys\nfrom shmcbw.workers import Coordinator\n"
         "try:\n    Coordinator(sys.argv[1], cluster_size=4096)\n"

@@ -19,7 +19,7 @@ from shmcbw.errors import ImageInUseError
 from shmcbw.image import ImageFile
 from shmcbw.workers import Coordinator
 from shmcbw.workers.permissions import ImageLock
-from tests.conftest import wait_for
+from tests.conftest import needs_root, wait_for
 from tests.processes import running, write_forever
 
 SIZE = 1 << 20
@@ -292,9 +292,7 @@ def mounted(directory: Path, *arguments: str) -> Iterator[Path]:
 
 
 def test_an_image_on_a_read_only_file_system_is_locked_too(tmp_path: Path) -> None:
-    if os.geteuid() != 0:
-        assert not os.environ.get("CI"), "CI must run as root"
-        pytest.skip("mounting needs root")
+    needs_root("mounting")
     with mounted(tmp_path, "-t", "tmpfs", "shmcbw-test") as place:
         image = place / "disk.img"
         image.write_bytes(os.urandom(SIZE))
@@ -310,9 +308,7 @@ def test_an_image_on_a_read_only_file_system_is_locked_too(tmp_path: Path) -> No
 
 
 def test_a_block_device_is_locked_by_its_node(image: Path) -> None:
-    if os.geteuid() != 0:
-        assert not os.environ.get("CI"), "CI must run as root"
-        pytest.skip("a loop device needs root")
+    needs_root("a loop device")
     found = subprocess.run(["losetup", "--find", "--show", str(image)], capture_output=True, text=True, check=True)
     device = Path(found.stdout.strip())
     try:

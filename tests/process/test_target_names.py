@@ -12,7 +12,7 @@ import pytest
 
 import shmcbw
 from shmcbw.workers import Coordinator
-from tests.conftest import wait_for
+from tests.conftest import needs_root, wait_for
 
 SIZE = 1 << 20
 
@@ -30,7 +30,7 @@ def _mount(*command: str | Path) -> None:
 @pytest.fixture
 def exfat(tmp_path: Path) -> Iterator[Path]:
     """exFAT, mounted as a user does on a kernel without it: knows no links and no flags of rename."""
-    _needs_root()
+    needs_root("mounting")
     directory, disk = tmp_path / "exfat", tmp_path / "exfat.img"
     directory.mkdir()
     disk.touch()
@@ -49,19 +49,13 @@ def exfat(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture
 def bound(tmp_path: Path) -> Iterator[Path]:
     """A FUSE file system that knows links and no flags of rename, as NFS does."""
-    _needs_root()
+    needs_root("mounting")
     directory, below = tmp_path / "bound", tmp_path / "below"
     directory.mkdir()
     below.mkdir()
     _mount("bindfs", below, directory)
     yield directory
     _mount("umount", "-l", directory)
-
-
-def _needs_root() -> None:
-    if os.geteuid() != 0:
-        assert not os.environ.get("CI"), "CI must run as root"
-        pytest.skip("mounting needs root")
 
 
 def holds_only_out(directory: Path) -> None:

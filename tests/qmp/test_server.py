@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import socket
 import stat
 import subprocess
@@ -21,7 +20,7 @@ from hypothesis import strategies as st
 
 from shmcbw.workers.qmp.server import CLIENTS_MAX, QUEUE_BYTES_MAX, Server, runtime_directory
 from shmcbw.workers.qmp.vocabulary import COMMANDS
-from tests.conftest import wait_for
+from tests.conftest import needs_root, wait_for
 from tests.monitor import Monitored
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -237,8 +236,8 @@ def test_the_socket_is_private(shared: Monitored) -> None:
     assert stat.S_IMODE(shared.path.stat().st_mode) == 0o600
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
 def test_another_user_is_turned_away_by_the_kernels_word(daemon: Monitored, tmp_path: Path) -> None:
+    needs_root("becoming another user")
     # As if somebody had opened the doors: the mode is not the only lock.
     daemon.path.chmod(0o666)
     for directory in (tmp_path, *tmp_path.parents):
