@@ -10,6 +10,7 @@ import errno
 import mmap
 import os
 import stat
+from contextlib import ExitStack
 
 from . import _core
 from .errors import ImageError, ReadOnlyImageError
@@ -90,7 +91,8 @@ class ImageFile:
             if writable and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ETXTBSY):
                 raise ReadOnlyImageError(error.errno, f"{name}: the image can't be opened for writing") from None
             raise
-        try:
+        with ExitStack() as undo:
+            undo.callback(close_descriptor, fd)
             status = os.fstat(fd)
             try:
                 identity = Identity.of(status)
@@ -99,10 +101,8 @@ class ImageFile:
             size_bytes = file_size(fd)
             if size_bytes == 0:
                 raise ImageError(errno.EINVAL, f"{name}: the image is empty (0 bytes)")
-            return cls(name, fd, identity, size_bytes, writable=writable)
-        except BaseException:
-            close_descriptor(fd)
-            raise
+            undo.pop_all()
+        return cls(name, fd, identity, size_bytes, writable=writable)
 
     def map(self, size_bytes: int | None = None) -> mmap.mmap:
         """Map the image MAP_SHARED, writable if the image is: the whole of it, or its first bytes."""

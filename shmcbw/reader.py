@@ -17,6 +17,7 @@ import errno
 import os
 import threading
 import time
+from contextlib import ExitStack, contextmanager
 
 from . import _core, states
 from .bitmap import COPIED, COPIED_FOR_WRITER, PENDING, SKIPPED, ZERO, Bitmap
@@ -55,7 +56,7 @@ from .snapshots import (
 
 TYPE_CHECKING = False  # see failpoints.py
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
     from types import TracebackType
     from typing import Self
 
@@ -163,8 +164,9 @@ class SnapshotReader:
         break_snapshot(self._segment, self._index, self.serial, errno.EUCLEAN, cluster)
         return SnapshotBrokenError(errno.EUCLEAN, cluster, time.time_ns())
 
-    def _enter(self, what: str, count: int, offset: int) -> object:
-        """A call begins; `_leave` with what this returns ends it."""
+    @contextmanager
+    def _call(self, what: str, count: int, offset: int) -> Iterator[None]:
+        """Around a call on a range: the snapshot is open and unbroken when it begins, and `close` waits for its end."""
         if offset < 0 or count < 0 or offset + count > self.size_bytes:
             raise OutOfRangeError(f"{what} of {count} bytes at {offset}: the snapshot has {self.size_bytes} bytes")
         if self._inside_pid != os.getpid():
@@ -175,13 +177,9 @@ class SnapshotReader:
         self._inside[call] = threading.get_ident()
         try:
             self._check()
-        except BaseException:
-            self._leave(call)
-            raise
-        return call
-
-    def _leave(self, call: object) -> None:
-        self._inside.pop(call, None)
+            yield
+        finally:
+            self._inside.pop(call, None)
 
     def _refuse(self, offset: int, stop: int) -> SnapshotInaccessibleError:
         """For a range whose first byte is inaccessible."""
@@ -223,26 +221,21 @@ class SnapshotReader:
         if self._source_now is None or self._target_now is None:
             return False
         view = memoryview(buffer).cast("B")
-        call = self._enter("read", len(view), offset)
         try:
-            return self._fill(view, offset, self._source_now, self._target_now) == len(view)
+            with self._call("read", len(view), offset):
+                return self._fill(view, offset, self._source_now, self._target_now) == len(view)
         except SnapshotBrokenError:
             raise
         except OSError:
             return False
-        finally:
-            self._leave(call)
 
     def _read(self, view: memoryview, count: int, offset: int, *, partial: bool) -> int:
-        call = self._enter("read", count, offset)
-        try:
+        with self._call("read", count, offset):
             with naming(self._image.path, f"{count} bytes at {offset} of its snapshot can't be read"):
                 found = self._fill(view, offset)
             if found < count and not (partial and found):
                 raise self._refuse(offset + found, offset + count)
             return found
-        finally:
-            self._leave(call)
 
     def _fill(self, view: memoryview, offset: int, source_flags: int = 0, target_flags: int = 0) -> int:
         """Read into the view up to the first inaccessible byte: how many that are.  Flags: of preadv."""
@@ -303,28 +296,22 @@ class SnapshotReader:
 
         At most ``limit`` extents (0: all): then they may end before the range does.
         """
-        call = self._enter("block status", count, offset)
-        try:
+        with self._call("block status", count, offset):
             with naming(self._image.path, "what is data of its snapshot can't be found out"):
                 return self._extents(count, offset, limit)
-        finally:
-            self._leave(call)
 
     def block_status_some(self, count: int, offset: int, *, limit: int = 0) -> list[Extent]:
         """As `block_status`, but only up to the first inaccessible byte.
 
         SnapshotInaccessibleError if that is the first one.
         """
-        call = self._enter("block status", count, offset)
-        try:
+        with self._call("block status", count, offset):
             with naming(self._image.path, "what is data of its snapshot can't be found out"):
                 found = self._extents(count, offset, limit)
             border = next((i for i, extent in enumerate(found) if extent.status == "inaccessible"), len(found))
             if found and border == 0:
                 raise self._refuse(offset, offset + count)
             return found[:border]
-        finally:
-            self._leave(call)
 
     def _extents(self, count: int, offset: int, limit: int) -> list[Extent]:
         size = self.cluster_size_bytes
@@ -380,17 +367,13 @@ class SnapshotReader:
         seconds; one that hangs longer stays.  SnapshotInaccessibleError (EPERM) for the snapshot of a backup: it would
         finish with holes.
         """
-        call = self._enter("discard", count, offset)
-        try:
+        with self._call("discard", count, offset):
             geometry = self._segment.geometry
             return self._let_go([inward(offset, count, geometry.cluster_size, geometry.image_size)], wait_s)
-        finally:
-            self._leave(call)
 
     def limit(self, extents: Iterable[tuple[int, int]]) -> int:
         """Let go of all clusters that none of the (offset, length) touches, as `discard` does; the extents in order."""
-        call = self._enter("limit", 0, 0)
-        try:
+        with self._call("limit", 0, 0):
             size, gaps, end = self.cluster_size_bytes, [], 0
             for offset, length in extents:
                 first, stop = outward(offset, length, size)
@@ -402,8 +385,6 @@ class SnapshotReader:
                     gaps.append((end, max(first, end)))
                     end = max(stop, end)
             return self._let_go([*gaps, (end, self._segment.geometry.clusters)], _DISCARD_WAIT_S)
-        finally:
-            self._leave(call)
 
     def _let_go(self, ranges: Iterable[tuple[int, int]], wait_s: float) -> int:
         """Let clusters go, in ranges of (first, end): how many bytes."""
@@ -497,32 +478,23 @@ def open_snapshot(
 
 
 def _open(image: str | os.PathLike[str], snapshot: int | str | os.PathLike[str] | None) -> SnapshotReader:
-    file = ImageFile.open(image, writable=False)
-    try:
+    with ExitStack() as undo:
+        file = ImageFile.open(image, writable=False)
+        undo.callback(file.close)
         segment = attach(file)
-    except BaseException:
-        file.close()
-        raise
-    target_fd = -1
-    try:
+        undo.callback(segment.close)
         index, serial = _find(segment, os.fspath(image), snapshot)
         target_fd = open_snapshot_target(segment, index)
+        undo.callback(close_descriptor, target_fd)
         reader = _OpenedReader(segment, index, serial, file, target_fd)
-        try:
-            # All of it was of one snapshot only if the entry still is that one's.
-            reader._check()
-            if segment.snapshot(index, Snapshot.serial) != serial:
-                raise ClosedError("the snapshot is closed")
-        except BaseException:
-            reader.close()
-            target_fd = -1
-            raise
-    except BaseException:
-        if target_fd >= 0:
-            close_descriptor(target_fd)
-        segment.close()
-        file.close()
-        raise
+        # They are its own from here on.
+        undo.pop_all()
+        undo.callback(reader.close)
+        # All of it was of one snapshot only if the entry still is that one's.
+        reader._check()
+        if segment.snapshot(index, Snapshot.serial) != serial:
+            raise ClosedError("the snapshot is closed")
+        undo.pop_all()
     return reader
 
 

@@ -17,14 +17,14 @@ from __future__ import annotations
 
 import array
 import errno
-import os
 from collections.abc import Callable
+from contextlib import ExitStack
 
 from shmcbw import _core, states
 from shmcbw.bitmap import SKIPPED, ZERO
 from shmcbw.clusters import byte_range
 from shmcbw.errors import ShmcbwError
-from shmcbw.image import ImageFile
+from shmcbw.image import ImageFile, close_descriptor
 from shmcbw.layout import SNAPSHOT_COUNT, Snapshot
 from shmcbw.reader import SnapshotReader, open_snapshot_target
 from shmcbw.segment import Segment
@@ -58,22 +58,18 @@ class SnapshotSource:
 
     @classmethod
     def _of(cls, segment: Segment, place: int, serial: int, image: ImageFile, *, discard: bool) -> SnapshotSource:
-        file = ImageFile.open(image.path, writable=False)
-        try:
+        with ExitStack() as undo:
+            file = ImageFile.open(image.path, writable=False)
+            undo.callback(file.close)
             if file.identity != image.identity:
                 raise OSError(errno.ESTALE, "the image was replaced", image.path)
             target_fd = open_snapshot_target(segment, place)
+            undo.callback(close_descriptor, target_fd)
             try:
                 reader = SnapshotReader(segment, place, serial, file, target_fd)
-            except BaseException:
-                os.close(target_fd)
-                raise
-        except ShmcbwError as error:
-            file.close()
-            raise OSError(errno.ESTALE, str(error)) from None
-        except BaseException:
-            file.close()
-            raise
+            except ShmcbwError as error:
+                raise OSError(errno.ESTALE, str(error)) from None
+            undo.pop_all()
         return cls(reader, discard=discard)
 
     def close(self) -> None:
