@@ -101,8 +101,9 @@ class ImageFile:
             size_bytes = file_size(fd)
             if size_bytes == 0:
                 raise ImageError(errno.EINVAL, f"{name}: the image is empty (0 bytes)")
+            image = cls(name, fd, identity, size_bytes, writable=writable)
             undo.pop_all()
-        return cls(name, fd, identity, size_bytes, writable=writable)
+        return image
 
     def map(self, size_bytes: int | None = None) -> mmap.mmap:
         """Map the image MAP_SHARED, writable if the image is: the whole of it, or its first bytes."""
