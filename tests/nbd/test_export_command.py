@@ -89,3 +89,13 @@ def test_what_makes_no_sense_is_refused_with_its_reason(image: Path, arguments: 
     assert words in done.stderr
     assert "Traceback" not in done.stderr
     assert not Path(f"{image}.nbd").exists()
+
+
+def test_a_file_that_is_no_socket_is_not_replaced_by_one(image: Path, tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.write_bytes(b"data")
+    command = [*COMMAND, str(image), "--listen", f"unix:{precious}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert f"{precious}: is there and is not a socket" in done.stderr
+    assert precious.read_bytes() == b"data"

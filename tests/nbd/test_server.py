@@ -348,7 +348,7 @@ def test_the_socket_is_private_is_replaced_when_stale_and_refused_when_somebody_
     server: Server, path: str, tmp_path: Path
 ) -> None:
     assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
-    with pytest.raises(OSError, match="in use"):
+    with pytest.raises(OSError, match="another server listens there"):
         listen_unix(path)
     stale = str(tmp_path / "stale.sock")
     listen_unix(stale).close()

@@ -256,7 +256,7 @@ def test_another_user_is_turned_away_by_the_kernels_word(daemon: Monitored, tmp_
 def test_a_second_daemon_on_the_same_socket_is_told(shared: Monitored) -> None:
     second = subprocess.run(shared.command(), capture_output=True, text=True, timeout=30)
     assert second.returncode == 1
-    assert "another daemon listens there" in second.stderr
+    assert "another server listens there" in second.stderr
     assert shared.connect().execute("query-name") == {}
 
 

@@ -5,11 +5,12 @@ A unix socket is private (0600).  Port 0 takes any.
 
 from __future__ import annotations
 
-import errno
 import os
 import socket
 from dataclasses import dataclass
 from urllib.parse import quote
+
+from .. import unix_sockets
 
 _BACKLOG = 128
 
@@ -54,36 +55,8 @@ class Address:
 
 
 def listen_unix(path: str) -> socket.socket:
-    """A listening unix socket, mode 0600; one that nobody listens on any more is replaced."""
-    sock = socket.socket(socket.AF_UNIX)
-    # The mode from the beginning: nobody may connect before a chmod.
-    before = os.umask(0o177)
-    try:
-        try:
-            sock.bind(path)
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE or _somebody_listens(path):
-                raise OSError(error.errno, f"{path}: can't listen: {error.strerror or error}") from None
-            os.unlink(path)
-            sock.bind(path)
-    except BaseException:
-        sock.close()
-        raise
-    finally:
-        os.umask(before)
-    sock.listen(_BACKLOG)
-    return sock
-
-
-def _somebody_listens(path: str) -> bool:
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            return False
-        except OSError:
-            return True
-    return True
+    """A listening unix socket, mode 0600; OSError."""
+    return unix_sockets.listen(path, _BACKLOG)
 
 
 def listen_tcp(host: str, port: int) -> socket.socket:

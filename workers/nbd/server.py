@@ -25,6 +25,7 @@ from typing import Any
 from shmcbw.errors import ShmcbwError
 from shmcbw.image import close_descriptor
 
+from .. import unix_sockets
 from .specification import ExportSpec, Tls
 from .tls import server_context
 
@@ -169,7 +170,7 @@ class Server:
         self._listener = listener
         self.address: Any = listener.getsockname()
         self._path = path
-        self._identity = os.stat(path)[1:3] if path is not None else None
+        self._place = unix_sockets.place_of(path) if path is not None else (0, 0)
         self._tls = tls
         self._connections_max = connections_max
         self._lock = threading.RLock()
@@ -322,11 +323,7 @@ class Server:
             child.stop()
         self._listener.close()
         if self._path is not None:
-            try:
-                if os.stat(self._path)[1:3] == self._identity:
-                    os.unlink(self._path)
-            except FileNotFoundError:
-                pass
+            unix_sockets.remove(self._path, self._place)
 
     def __enter__(self) -> Server:
         return self

@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import fcntl
 import logging
 import os
 import socket
@@ -29,6 +28,7 @@ from typing import Any
 
 from shmcbw.errors import ShmcbwError
 
+from .. import unix_sockets
 from .schema import QMPError, message_of
 from .vocabulary import BY_NAME
 from .wire import Decoder, Malformed, encode
@@ -39,7 +39,6 @@ CLIENTS_MAX = 128
 QUEUE_BYTES_MAX = 4 << 20
 CLOSE_TIMEOUT_S = 2.0
 _READ_BYTES = 1 << 16
-_SOCKET_PATH_BYTES = 107
 
 #: The QEMU whose commands we follow: clients decide by it what they may ask for.
 QEMU_VERSION = {"major": 10, "minor": 1, "micro": 0}
@@ -82,15 +81,14 @@ class Server:
         self._socket: socket.socket | None = None
         self._listener: asyncio.Server | None = None
         self._count = 0
-        self._inode: tuple[int, int] = (0, 0)
+        self._place = (0, 0)
         self._ending = False
         self._tasks: set[asyncio.Task[None]] = set()
 
     def bind(self) -> None:
         """Take the path; clients may connect and wait.  OSError: it is another daemon's, too long, or can't be had."""
-        self._socket = listen(self.path)
-        found = os.stat(self.path)
-        self._inode = found.st_dev, found.st_ino
+        self._socket = unix_sockets.listen(self.path, CLIENTS_MAX)
+        self._place = unix_sockets.place_of(self.path)
 
     async def start(self) -> None:
         """Take on clients."""
@@ -102,7 +100,7 @@ class Server:
         """The end: no new clients and no new commands; the command that runs comes to its end; then the block, of which
         events still go out; then the clients are let go."""
         if self._socket is not None:
-            remove_socket(self.path, self._inode)
+            unix_sockets.remove(self.path, self._place)
             if self._listener is not None:
                 self._listener.close()
             self._socket.close()
@@ -271,60 +269,6 @@ def peer(connection: socket.socket) -> tuple[int, int]:
     """(pid, uid) of the other end, as the kernel noted them at connect."""
     pid, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     return pid, uid
-
-
-def listen(path: str) -> socket.socket:
-    """A listening socket of mode 0600.  What a dead daemon left under the name is replaced; a living one is not.
-
-    The directory is locked meanwhile, so that of two daemons that start at once one is told of the other.
-    """
-    if len(os.fsencode(path)) > _SOCKET_PATH_BYTES:
-        raise OSError(errno.ENAMETOOLONG, f"a socket's path has at most {_SOCKET_PATH_BYTES} bytes", path)
-    directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        fcntl.flock(directory, fcntl.LOCK_EX)
-        _remove_stale(path)
-        # Nobody can connect before listen(), so nobody meets another mode than this one.
-        listener.bind(path)
-        os.chmod(path, 0o600)
-        listener.listen(CLIENTS_MAX)
-        listener.setblocking(False)
-    except BaseException:
-        listener.close()
-        raise
-    finally:
-        os.close(directory)
-    return listener
-
-
-def _remove_stale(path: str) -> None:
-    try:
-        status = os.lstat(path)
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(status.st_mode):
-        raise OSError(errno.EEXIST, "is there and is not a socket", path)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(1.0)
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
-            return
-        except (TimeoutError, BlockingIOError):
-            pass
-    raise OSError(errno.EADDRINUSE, "another daemon listens there", path)
-
-
-def remove_socket(path: str, inode: tuple[int, int]) -> None:
-    """Remove our socket's name, unless another daemon has taken it."""
-    try:
-        found = os.lstat(path)
-        if (found.st_dev, found.st_ino) == inode:
-            os.unlink(path)
-    except FileNotFoundError:
-        pass
 
 
 def runtime_directory(path: str | None = None) -> str:
